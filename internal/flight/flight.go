@@ -1,0 +1,96 @@
+// Package flight joins callers who want the same work done at the same time:
+// the first one starts it, the others wait for its result.
+//
+// The work belongs to nobody in particular. It does not end when the caller who
+// started it goes away, but when the last one who waits for it does. The
+// package knows nothing of what the work is.
+package flight
+
+import (
+	"context"
+	"fmt"
+	"sync"
+)
+
+// Group joins work by key. The zero Group is ready for use.
+type Group[K comparable, V any] struct {
+	mu    sync.Mutex
+	calls map[K]*call[V]
+}
+
+type call[V any] struct {
+	cancel  context.CancelFunc
+	done    chan struct{} // closed when value and err are set
+	waiters int           // guarded by Group.mu
+	value   V
+	err     error
+}
+
+// Do returns the result of work for key. If such work is under way the caller
+// joins it and its own work function is not used. Work gets a context with the
+// values of the starter's, without its deadline, which is cancelled when nobody
+// waits any more. When ctx ends first, Do returns its cause at once.
+//
+// The next Do for a key whose work was abandoned starts afresh; abandoned work
+// may still be winding down then.
+func (g *Group[K, V]) Do(ctx context.Context, key K, work func(context.Context) (V, error)) (V, error) {
+	c := g.join(ctx, key, work)
+	select {
+	case <-c.done:
+		return c.value, c.err
+	case <-ctx.Done():
+		g.leave(key, c)
+		var none V
+		return none, context.Cause(ctx)
+	}
+}
+
+// join finds the call for key or starts it, and counts the caller in.
+func (g *Group[K, V]) join(ctx context.Context, key K, work func(context.Context) (V, error)) *call[V] {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if c, ok := g.calls[key]; ok {
+		c.waiters++
+		return c
+	}
+	workCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	c := &call[V]{cancel: cancel, done: make(chan struct{}), waiters: 1}
+	if g.calls == nil {
+		g.calls = make(map[K]*call[V])
+	}
+	g.calls[key] = c
+	go g.run(workCtx, key, c, work)
+	return c
+}
+
+func (g *Group[K, V]) run(ctx context.Context, key K, c *call[V], work func(context.Context) (V, error)) {
+	defer func() {
+		if p := recover(); p != nil {
+			c.err = fmt.Errorf("panic: %v", p)
+		}
+		g.mu.Lock()
+		g.forget(key, c)
+		g.mu.Unlock()
+		c.cancel()
+		close(c.done)
+	}()
+	c.value, c.err = work(ctx)
+}
+
+// leave counts a caller out; the last one to go abandons the work.
+func (g *Group[K, V]) leave(key K, c *call[V]) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if c.waiters--; c.waiters == 0 {
+		g.forget(key, c)
+		c.cancel()
+	}
+}
+
+// forget drops c from the table unless a later call has taken its place. The
+// caller holds g.mu.
+func (g *Group[K, V]) forget(key K, c *call[V]) {
+	if g.calls[key] == c {
+		delete(g.calls, key)
+	}
+}

@@ -1,0 +1,66 @@
+// Package image keeps the node's images: what they are called, what they are
+// made of, who uses them.
+//
+// An image is known by its id, the digest of its configuration. References are
+// names that point to an id and may move. The package pulls images from
+// registries, loads them from archives, and removes layers that nobody needs
+// any more. It knows nothing of the CRI, and leaves transport to package
+// registry and files to package layer.
+package image
+
+import (
+	"context"
+	"io"
+	"log/slog"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"sampan.dev/sampan/internal/layer"
+	"sampan.dev/sampan/internal/registry"
+)
+
+// Image is a snapshot of one image. It does not change, and its slices must not
+// be changed.
+type Image struct {
+	ID          string          // "sha256:..." of the configuration
+	RepoTags    []string        // docker.io/library/busybox:latest
+	RepoDigests []string        // docker.io/library/busybox@sha256:...
+	Size        uint64          // bytes its layers take on disk, unpacked
+	Pinned      bool            // by configuration; garbage collection leaves it alone
+	Layers      []digest.Digest // diff ids, bottom first
+	Config      ocispec.Image
+	User        string // Config.Config.User, as it stands in the image
+}
+
+// Auth carries credentials in any of the forms the CRI has.
+type Auth = registry.Auth
+
+// Config says where images live and where they come from.
+type Config struct {
+	Root      string // directory of image records
+	LayerRoot string // directory of layers
+	Registry  registry.Config
+	Pinned    []string // references; * and ? match as in a shell, also across slashes
+	Logger    *slog.Logger
+}
+
+// LoadOptions adjusts Load.
+type LoadOptions struct {
+	// Name is given to the one image of an archive that does not name it.
+	Name string
+}
+
+var _ interface {
+	Pull(ctx context.Context, ref string, auth *Auth) (Image, error)
+	Get(ref string) (Image, error)
+	List() []Image
+	Remove(ctx context.Context, ref string) error
+	Load(ctx context.Context, r io.Reader, o LoadOptions) ([]Image, error)
+	Acquire(id, holder string) (Image, error)
+	Release(holder string)
+	RetainOnly(live func(holder string) bool)
+	FsInfo() (path string, bytes, inodes uint64, err error)
+	Layers() *layer.Store
+	Close(ctx context.Context) error
+} = (*Store)(nil)

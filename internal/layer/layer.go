@@ -1,0 +1,268 @@
+// Package layer keeps committed layers, the read-only parts of images, and
+// mounts root file systems on top of them.
+//
+// A layer is known by its diff id, the digest of its uncompressed tar stream. It
+// is unpacked once, into a directory of its own that does not depend on the
+// layers below it: what a layer deletes is kept in the form overlayfs
+// understands. A layer is visible to others only when it is complete and its
+// digest is verified.
+//
+// The package knows nothing of registries, of image references and of the CRI,
+// and does not decide when a layer may go: its owner, package image, does.
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"sampan.dev/sampan/internal/flight"
+	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/state"
+)
+
+// Info describes a committed layer.
+type Info struct {
+	DiffID digest.Digest
+	Bytes  uint64 // of file content
+	Inodes uint64
+	Synced bool // known to be on disk
+}
+
+// Config says where layers live.
+type Config struct {
+	Root   string // a directory of the Store's own
+	Logger *slog.Logger
+}
+
+// Store holds the layers under one root:
+//
+//	tree/NAME     the layer's files
+//	record/NAME   what it is; written last, so a tree without one is garbage
+//	tmp/          trees being unpacked or removed
+//	empty/        directories with nothing in them, for overlayfs
+//
+// NAME is the start of the hexadecimal diff id; see nameLength.
+type Store struct {
+	root   string
+	log    *slog.Logger
+	flight flight.Group[digest.Digest, Info]
+	mounts mounter
+
+	mu     sync.Mutex
+	layers map[digest.Digest]Info
+
+	background sync.WaitGroup // removals
+}
+
+// recordKind is the record of one layer. Boot says in which boot the tree was
+// written, and Synced whether it has reached the disk: a tree that was not
+// synced in an earlier boot may be torn.
+var recordKind = state.Kind{Name: "layer", Version: 1}
+
+type record struct {
+	DiffID digest.Digest `json:"diffID"`
+	Bytes  uint64        `json:"bytes"`
+	Inodes uint64        `json:"inodes"`
+	Boot   string        `json:"boot"`
+	Synced bool          `json:"synced"`
+	// Implicit lists directories that the layer's archive puts files into
+	// without saying what the directories themselves are like.
+	Implicit []string `json:"implicit,omitempty"`
+}
+
+// Open opens the layers under root, making it if there is none. What a killed
+// process left unfinished is removed, and so are layers that an unclean end of
+// an earlier boot may have torn.
+func Open(c Config) (*Store, error) {
+	s := &Store{root: c.Root, log: c.Logger, layers: make(map[digest.Digest]Info)}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	for _, dir := range []string{"tree", "record", "tmp", "empty/0", "empty/1"} {
+		if err := os.MkdirAll(s.path(dir), 0o700); err != nil {
+			return nil, fmt.Errorf("open layers: %w", err)
+		}
+	}
+	// A container's processes walk through these as whatever user they are.
+	for _, dir := range []string{"", "tree", "empty", "empty/0", "empty/1"} {
+		if err := os.Chmod(s.path(dir), 0o755); err != nil {
+			return nil, fmt.Errorf("open layers: %w", err)
+		}
+	}
+	if err := s.load(); err != nil {
+		return nil, fmt.Errorf("open layers: %w", err)
+	}
+	return s, nil
+}
+
+// Get returns the layer called diffID.
+func (s *Store) Get(diffID digest.Digest) (Info, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	info, ok := s.layers[diffID]
+	if !ok {
+		return Info{}, fmt.Errorf("layer %s: %w", diffID, errdefs.ErrNotFound)
+	}
+	return info, nil
+}
+
+// List returns all committed layers, in no order.
+func (s *Store) List() []Info {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := make([]Info, 0, len(s.layers))
+	for _, info := range s.layers {
+		list = append(list, info)
+	}
+	return list
+}
+
+// Path returns the directory that holds a committed layer's files. Nobody may
+// write there.
+func (s *Store) Path(diffID digest.Digest) string { return s.path("tree", name(diffID)) }
+
+// Remove takes a layer away. Its name is free at once; its files go in the
+// background. A layer that is absent is no error. Nothing may be mounted on it.
+func (s *Store) Remove(diffID digest.Digest) error {
+	s.mu.Lock()
+	_, known := s.layers[diffID]
+	delete(s.layers, diffID)
+	s.mu.Unlock()
+	if !known {
+		return nil
+	}
+	if err := state.Remove(s.recordPath(diffID)); err != nil {
+		return fmt.Errorf("remove layer %s: %w", diffID, err)
+	}
+	if err := s.discard(s.Path(diffID)); err != nil {
+		return fmt.Errorf("remove layer %s: %w", diffID, err)
+	}
+	return nil
+}
+
+// Close waits until removals under way are done or ctx ends. What is not
+// removed by then is removed by the next Open.
+func (s *Store) Close(ctx context.Context) error {
+	done := make(chan struct{})
+	go func() {
+		s.background.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// load fills the table from the records and sweeps everything else.
+func (s *Store) load() error {
+	leftovers, err := os.ReadDir(s.path("tmp"))
+	if err != nil {
+		return err
+	}
+	for _, e := range leftovers {
+		s.removeInBackground(s.path("tmp", e.Name()))
+	}
+	if err := state.SweepTemporary(s.path("record")); err != nil {
+		return err
+	}
+	records, err := os.ReadDir(s.path("record"))
+	if err != nil {
+		return err
+	}
+	named := make(map[string]bool, len(records))
+	for _, e := range records {
+		info, err := s.loadOne(e.Name())
+		if err != nil {
+			s.log.Warn("layer is dropped", "op", "open layers", "layer", e.Name(), "err", err)
+			if err := state.Remove(s.path("record", e.Name())); err != nil {
+				return err
+			}
+			continue
+		}
+		named[e.Name()] = true
+		s.layers[info.DiffID] = info
+	}
+	trees, err := os.ReadDir(s.path("tree"))
+	if err != nil {
+		return err
+	}
+	for _, e := range trees {
+		if !named[e.Name()] {
+			if err := s.discard(s.path("tree", e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// loadOne reads one record and decides whether its tree can be trusted.
+func (s *Store) loadOne(file string) (Info, error) {
+	var r record
+	if err := state.Read(s.path("record", file), recordKind, &r); err != nil {
+		return Info{}, err
+	}
+	if err := r.DiffID.Validate(); err != nil || name(r.DiffID) != file {
+		return Info{}, fmt.Errorf("its record is about %q", r.DiffID)
+	}
+	if _, err := os.Lstat(s.path("tree", file)); err != nil {
+		return Info{}, err
+	}
+	if !r.Synced && r.Boot != host.BootID() {
+		return Info{}, errors.New("the machine went down before its files were on disk")
+	}
+	return r.info(), nil
+}
+
+func (r record) info() Info {
+	return Info{DiffID: r.DiffID, Bytes: r.Bytes, Inodes: r.Inodes, Synced: r.Synced}
+}
+
+// discard renames dir out of sight and removes it in the background.
+func (s *Store) discard(dir string) error {
+	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	grave, err := os.MkdirTemp(s.path("tmp"), "removed-")
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(dir, filepath.Join(grave, "tree")); err != nil {
+		return errors.Join(err, os.Remove(grave))
+	}
+	s.removeInBackground(grave)
+	return nil
+}
+
+func (s *Store) removeInBackground(dir string) {
+	s.background.Go(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			s.log.Warn("files of a removed layer stay until the next start", "op", "remove layer", "err", err)
+		}
+	})
+}
+
+func (s *Store) path(elem ...string) string {
+	return filepath.Join(append([]string{s.root}, elem...)...)
+}
+
+func (s *Store) recordPath(diffID digest.Digest) string { return s.path("record", name(diffID)) }
+
+// nameLength keeps the names of 128 layers and the mount options around them
+// within the one page that mount(2) takes, and is still 96 bits of the digest.
+const nameLength = 24
+
+// name returns what a layer's files are called on disk.
+func name(diffID digest.Digest) string { return diffID.Encoded()[:nameLength] }

@@ -1,0 +1,235 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/internal/host"
+)
+
+// MountSpec describes a root file system.
+type MountSpec struct {
+	Layers   []digest.Digest // bottom first; may be empty
+	Upper    string          // what the container writes; made if absent
+	Work     string          // overlayfs' own; on the same file system as Upper; emptied
+	Target   string          // the mount point; made if absent
+	ReadOnly bool            // no Upper and Work then
+	Label    string          // SELinux label for all files, or empty
+}
+
+// mounter remembers what the kernel's overlayfs cannot do.
+type mounter struct {
+	noAppend atomic.Bool // "lowerdir+" came with Linux 6.5
+}
+
+// Mount mounts the root file system described by m on its target. If overlayfs
+// is mounted there already, it is left as it is.
+//
+// The mount is volatile: what a container writes to its root file system is
+// not forced to disk by its fsync. A root file system does not outlive the boot.
+func (s *Store) Mount(ctx context.Context, m MountSpec) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := s.mount(m); err != nil {
+		return fmt.Errorf("mount root file system on %s: %w", m.Target, err)
+	}
+	return nil
+}
+
+// Unmount takes the root file system off target. Absent or not mounted is fine.
+func (s *Store) Unmount(target string) error { return host.Unmount(target) }
+
+func (s *Store) mount(m MountSpec) error {
+	if err := m.validate(); err != nil {
+		return err
+	}
+	mounted, err := isOverlay(m.Target)
+	if err != nil || mounted {
+		return err
+	}
+	for _, id := range m.Layers {
+		if _, err := s.Get(id); err != nil {
+			return err
+		}
+	}
+	if err := m.prepare(); err != nil {
+		return err
+	}
+	lower := s.lower(m)
+	if !s.mounts.noAppend.Load() {
+		err := s.mountNew(m, lower)
+		if !errors.Is(err, errNoAppend) {
+			return err
+		}
+		s.mounts.noAppend.Store(true)
+	}
+	return s.mountClassic(m, lower)
+}
+
+func (m MountSpec) validate() error {
+	switch {
+	case !filepath.IsAbs(m.Target):
+		return fmt.Errorf("target %q is not an absolute path: %w", m.Target, errdefs.ErrInvalidArgument)
+	case m.ReadOnly && (m.Upper != "" || m.Work != ""):
+		return fmt.Errorf("a read-only root file system has no upper and work directories: %w", errdefs.ErrInvalidArgument)
+	case !m.ReadOnly && (!filepath.IsAbs(m.Upper) || !filepath.IsAbs(m.Work)):
+		return fmt.Errorf("upper %q and work %q are not absolute paths: %w", m.Upper, m.Work, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// prepare makes the directories of m. The work directory is made afresh: what
+// is in it belongs to an earlier mount, and a volatile overlay refuses to be
+// mounted over its own traces.
+func (m MountSpec) prepare() error {
+	if err := os.MkdirAll(m.Target, 0o755); err != nil {
+		return err
+	}
+	if m.ReadOnly {
+		return nil
+	}
+	if err := os.RemoveAll(m.Work); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(m.Work, 0o711); err != nil {
+		return err
+	}
+	return os.MkdirAll(m.Upper, 0o755)
+}
+
+// lower lists the lower directories relative to the root of the store, top
+// first. Overlayfs wants at least one, and two if there is no upper directory:
+// empty ones stand in.
+func (s *Store) lower(m MountSpec) []string {
+	dirs := make([]string, 0, len(m.Layers)+2)
+	for _, id := range slices.Backward(m.Layers) {
+		dirs = append(dirs, filepath.Join("tree", name(id)))
+	}
+	want := 1
+	if m.ReadOnly {
+		want = 2
+	}
+	for i := 0; len(dirs) < want; i++ {
+		dirs = append(dirs, filepath.Join("empty", strconv.Itoa(i)))
+	}
+	return dirs
+}
+
+var errNoAppend = errors.New("overlayfs does not know lowerdir+")
+
+// mountNew mounts by the file system context calls: one call per lower
+// directory, so that their number and the length of their names do not matter.
+func (s *Store) mountNew(m MountSpec, lower []string) error {
+	fsfd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return errNoAppend
+	}
+	defer unix.Close(fsfd)
+	for _, dir := range lower {
+		if err := unix.FsconfigSetString(fsfd, "lowerdir+", s.path(dir)); err != nil {
+			return errNoAppend
+		}
+	}
+	for _, o := range m.options() {
+		key, value, isPair := strings.Cut(o, "=")
+		if isPair {
+			err = unix.FsconfigSetString(fsfd, key, value)
+		} else {
+			err = unix.FsconfigSetFlag(fsfd, key)
+		}
+		if err != nil {
+			return fmt.Errorf("overlayfs option %s: %w", o, explain(fsfd, err))
+		}
+	}
+	if err := unix.FsconfigCreate(fsfd); err != nil {
+		return fmt.Errorf("overlayfs: %w", explain(fsfd, err))
+	}
+	attributes := 0
+	if m.ReadOnly {
+		attributes |= unix.MOUNT_ATTR_RDONLY
+	}
+	mfd, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, attributes)
+	if err != nil {
+		return fmt.Errorf("overlayfs: %w", explain(fsfd, err))
+	}
+	defer unix.Close(mfd)
+	return unix.MoveMount(mfd, "", unix.AT_FDCWD, m.Target, unix.MOVE_MOUNT_F_EMPTY_PATH)
+}
+
+// mountClassic mounts by mount(2), which takes all options in one page: lower
+// directories are named relative to the store.
+func (s *Store) mountClassic(m MountSpec, lower []string) error {
+	options := append(m.options(), "lowerdir="+strings.Join(lower, ":"))
+	for i, o := range options[:len(options)-1] {
+		options[i] = strings.NewReplacer(`\`, `\\`, `,`, `\,`).Replace(o)
+	}
+	data := strings.Join(options, ",")
+	if len(data) >= os.Getpagesize() {
+		return fmt.Errorf("%d layers are more than this kernel can mount: %w", len(lower), errdefs.ErrResourceExhausted)
+	}
+	var flags uintptr
+	if m.ReadOnly {
+		flags |= unix.MS_RDONLY
+	}
+	return host.InDir(s.root, func() error {
+		if err := unix.Mount("overlay", m.Target, "overlay", flags, data); err != nil {
+			return fmt.Errorf("overlayfs: %w", err)
+		}
+		return nil
+	})
+}
+
+// options returns everything but the lower directories.
+func (m MountSpec) options() []string {
+	o := []string{"index=off"}
+	if !m.ReadOnly {
+		o = append(o, "upperdir="+m.Upper, "workdir="+m.Work, "volatile")
+	}
+	if m.Label != "" {
+		o = append(o, "context="+m.Label)
+	}
+	return o
+}
+
+// explain adds what the kernel wrote about err to the file system context.
+func explain(fsfd int, err error) error {
+	buf := make([]byte, 1024)
+	n, readErr := unix.Read(fsfd, buf)
+	if readErr != nil || n < 2 {
+		return err
+	}
+	return fmt.Errorf("%w (%s)", err, strings.TrimSpace(string(buf[2:n])))
+}
+
+// isOverlay reports whether an overlay is mounted right on path.
+func isOverlay(path string) (bool, error) {
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_BASIC_STATS, &st)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("stat %s: %w", path, err)
+	}
+	if st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+		return false, nil
+	}
+	var sfs unix.Statfs_t
+	if err := unix.Statfs(path, &sfs); err != nil {
+		return false, fmt.Errorf("stat %s: %w", path, err)
+	}
+	return sfs.Type == unix.OVERLAYFS_SUPER_MAGIC, nil
+}
