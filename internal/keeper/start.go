@@ -1,0 +1,85 @@
+package keeper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// startTimeout bounds how long a keeper may take until it answers.
+const startTimeout = 10 * time.Second
+
+// maxLog bounds the keeper's log that is carried into a new keeper, in bytes.
+const maxLog = 1 << 20
+
+// start runs a keeper in cfg.Dir and returns when it answers. If somebody else
+// started one at the same time, that one is as good.
+func start(ctx context.Context, cfg Config) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return err
+	}
+	log, err := openLog(filepath.Join(cfg.Dir, LogName))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	ready, readyw, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer ready.Close()
+	defer readyw.Close()
+
+	cmd := exec.Command(cfg.Binary, SupervisorArgs(cfg.Dir, cfg.Cgroup)...)
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.ExtraFiles = []*os.File{readyw}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	go cmd.Wait() // it outlives this process; should it not, it leaves no zombie
+	readyw.Close()
+
+	stop := context.AfterFunc(ctx, func() { ready.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	answer, err := io.ReadAll(io.LimitReader(ready, 16))
+	if err != nil {
+		unix.Kill(cmd.Process.Pid, unix.SIGTERM)
+		return fmt.Errorf("no answer: %w: %w", errors.Join(err, context.Cause(ctx)), errdefs.ErrUnavailable)
+	}
+	if string(answer) != ReadyAnswer {
+		return fmt.Errorf("it exited, see %s: %w", log.Name(), errdefs.ErrUnavailable)
+	}
+	return nil
+}
+
+// SupervisorArgs are the arguments that make the keeper's binary a supervisor.
+// Descriptor 3 is where it writes ReadyAnswer when it serves.
+func SupervisorArgs(dir, cgroup string) []string {
+	return []string{"supervisor", "--dir", dir, "--cgroup", cgroup}
+}
+
+// ReadyAnswer is what a keeper writes when it serves.
+const ReadyAnswer = "ready"
+
+func openLog(path string) (*os.File, error) {
+	if info, err := os.Stat(path); err == nil && info.Size() > maxLog {
+		if err := os.Truncate(path, 0); err != nil {
+			return nil, err
+		}
+	}
+	return os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+}
