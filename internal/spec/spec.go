@@ -13,6 +13,7 @@ package spec
 
 import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/host"
@@ -88,3 +89,45 @@ type Source struct {
 // written to: the oldest that has all that is used, because some runtimes
 // (crun before 1.9) refuse later ones.
 const Version = "1.0.2"
+
+// Build makes the spec of a container. Pod and Container have passed
+// ValidatePod and ValidateContainer.
+func Build(in Input) (*specs.Spec, error) {
+	p, err := process(in)
+	if err != nil {
+		return nil, err
+	}
+	limits, err := Resources(in.Container.GetLinux().GetResources(), in.Host)
+	if err != nil {
+		return nil, err
+	}
+	s := &specs.Spec{
+		Version:     Version,
+		Process:     p,
+		Root:        &specs.Root{Path: in.Rootfs, Readonly: in.Container.GetLinux().GetSecurityContext().GetReadonlyRootfs()},
+		Annotations: annotations(in),
+		Linux:       &specs.Linux{CgroupsPath: in.CgroupsPath, Resources: limits},
+	}
+	for _, add := range []func(*specs.Spec, Input) error{namespaces, mounts, devices, confine} {
+		if err := add(s, in); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// annotations tell sandboxing runtimes (Kata, gVisor) and hooks what a
+// container is. The annotations of the pod are not among them: an OCI runtime
+// may obey them, and they are whatever the pod's author wrote.
+func annotations(in Input) map[string]string {
+	const prefix = "io.kubernetes.cri."
+	return map[string]string{
+		prefix + "container-type":    "container",
+		prefix + "container-name":    in.Container.GetMetadata().GetName(),
+		prefix + "image-name":        in.Container.GetImage().GetImage(),
+		prefix + "sandbox-id":        in.PodID,
+		prefix + "sandbox-name":      in.Pod.GetMetadata().GetName(),
+		prefix + "sandbox-namespace": in.Pod.GetMetadata().GetNamespace(),
+		prefix + "sandbox-uid":       in.Pod.GetMetadata().GetUid(),
+	}
+}

@@ -1,0 +1,196 @@
+package spec
+
+import (
+	"path"
+	"strings"
+
+	"github.com/moby/profiles/seccomp"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/internal/host"
+)
+
+// DefaultAppArmorProfile is the profile of containers that ask for none or for
+// the runtime's default. Somebody has to load it.
+const DefaultAppArmorProfile = "sampan-default"
+
+// defaultMasked and defaultReadonly hide what a container has no business with.
+// The kubelet sends the same lists itself.
+var (
+	defaultMasked = []string{
+		"/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys",
+		"/proc/latency_stats", "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug",
+		"/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
+	}
+	defaultReadonly = []string{
+		"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger",
+	}
+)
+
+// confine adds what limits the container's process: capabilities, seccomp,
+// AppArmor, SELinux, no_new_privs, masked and read-only paths.
+func confine(s *specs.Spec, in Input) error {
+	sc := in.Container.GetLinux().GetSecurityContext()
+	var err error
+	if s.Process.Capabilities, err = capabilities(in); err != nil {
+		return err
+	}
+	if s.Linux.Seccomp, err = seccompFilter(in, s); err != nil {
+		return err
+	}
+	if s.Process.ApparmorProfile, err = AppArmorProfile(in.Container, in.Host); err != nil {
+		return err
+	}
+	s.Process.SelinuxLabel = in.ProcessLabel
+	s.Linux.MountLabel = in.MountLabel
+	s.Process.NoNewPrivileges = sc.GetNoNewPrivs()
+	s.Linux.MaskedPaths, s.Linux.ReadonlyPaths = hiddenPaths(in)
+	return nil
+}
+
+// hiddenPaths returns the lists the container asks for. The wire cannot tell
+// an empty list from none: a container that gives neither list gets the
+// defaults, unless it is privileged or in a user namespace, where the kubelet
+// sends empty lists to say "unmasked".
+func hiddenPaths(in Input) (masked, readonly []string) {
+	sc := in.Container.GetLinux().GetSecurityContext()
+	masked, readonly = sc.GetMaskedPaths(), sc.GetReadonlyPaths()
+	switch {
+	case sc.GetPrivileged():
+		return nil, nil
+	case len(masked)+len(readonly) == 0 && !NamespacesOf(in.Pod).User:
+		return defaultMasked, defaultReadonly
+	}
+	return masked, readonly
+}
+
+// SeccompFile returns the path of the seccomp profile that a container needs
+// as Input.SeccompProfile, or "" if it needs none.
+func SeccompFile(c *runtimeapi.ContainerConfig) (string, error) {
+	p, err := seccompProfile(c.GetLinux().GetSecurityContext())
+	if err != nil || p == nil || p.ProfileType != runtimeapi.SecurityProfile_Localhost {
+		return "", err
+	}
+	return p.LocalhostRef, nil
+}
+
+func seccompFilter(in Input, s *specs.Spec) (*specs.LinuxSeccomp, error) {
+	const field = "linux.security_context.seccomp"
+	p, err := seccompProfile(in.Container.GetLinux().GetSecurityContext())
+	if err != nil || p == nil || p.ProfileType == runtimeapi.SecurityProfile_Unconfined {
+		return nil, err
+	}
+	if !in.Host.Seccomp {
+		return nil, impossible(field, p.ProfileType, "this kernel has no seccomp filters", "use Unconfined, or a kernel with CONFIG_SECCOMP_FILTER")
+	}
+	if p.ProfileType == runtimeapi.SecurityProfile_RuntimeDefault {
+		filter, err := seccomp.GetDefaultProfile(s)
+		if err != nil {
+			return nil, impossible(field, p.ProfileType, err.Error(), "")
+		}
+		return filter, nil
+	}
+	filter, err := seccomp.LoadProfile(string(in.SeccompProfile), s)
+	if err != nil {
+		return nil, invalid(field+".localhost_ref", p.LocalhostRef, "the file is no seccomp profile: "+err.Error(), "")
+	}
+	return filter, nil
+}
+
+// seccompProfile returns the profile a container asks for, by the field or by
+// the deprecated string, nil for unconfined.
+func seccompProfile(sc *runtimeapi.LinuxContainerSecurityContext) (*runtimeapi.SecurityProfile, error) {
+	if sc.GetPrivileged() {
+		return nil, nil
+	}
+	const field = "linux.security_context.seccomp"
+	p := sc.GetSeccomp()
+	if p == nil {
+		var err error
+		p, err = profileOf(field+"_profile_path", sc.GetSeccompProfilePath())
+		if err != nil || p == nil {
+			return nil, err
+		}
+	}
+	if err := checkProfile(field, p); err != nil {
+		return nil, err
+	}
+	if p.ProfileType == runtimeapi.SecurityProfile_Localhost && !path.IsAbs(p.LocalhostRef) {
+		return nil, invalid(field+".localhost_ref", p.LocalhostRef, "the profile's path is not absolute", "give the full path of a file on this node")
+	}
+	return p, nil
+}
+
+// AppArmorProfile returns the name of the AppArmor profile of a container, or
+// "" for none. Where the host has no AppArmor, the default is none.
+func AppArmorProfile(c *runtimeapi.ContainerConfig, facts host.Facts) (string, error) {
+	const field = "linux.security_context.apparmor"
+	p, err := apparmorProfile(c.GetLinux().GetSecurityContext())
+	switch {
+	case err != nil || p == nil || p.ProfileType == runtimeapi.SecurityProfile_Unconfined:
+		return "", err
+	case p.ProfileType == runtimeapi.SecurityProfile_Localhost && !facts.AppArmor:
+		return "", impossible(field, p.LocalhostRef, "AppArmor is not enabled on this host", "enable it, or use Unconfined")
+	case !facts.AppArmor:
+		return "", nil
+	case p.ProfileType == runtimeapi.SecurityProfile_RuntimeDefault:
+		return DefaultAppArmorProfile, nil
+	}
+	return p.LocalhostRef, nil
+}
+
+// apparmorProfile returns the profile a container asks for, nil if privileged.
+// The deprecated string means the default when it is empty.
+func apparmorProfile(sc *runtimeapi.LinuxContainerSecurityContext) (*runtimeapi.SecurityProfile, error) {
+	if sc.GetPrivileged() {
+		return nil, nil
+	}
+	const field = "linux.security_context.apparmor"
+	p := sc.GetApparmor()
+	if p == nil {
+		var err error
+		if p, err = profileOf(field+"_profile", sc.GetApparmorProfile()); err != nil {
+			return nil, err
+		}
+		if p == nil {
+			return &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault}, nil
+		}
+	}
+	// Clients that moved from the string to the field leave the prefix on.
+	p = &runtimeapi.SecurityProfile{ProfileType: p.ProfileType, LocalhostRef: strings.TrimPrefix(p.LocalhostRef, localhostPrefix)}
+	return p, checkProfile(field, p)
+}
+
+const localhostPrefix = "localhost/"
+
+// profileOf reads a profile in the deprecated form of a string, nil if empty.
+func profileOf(field, s string) (*runtimeapi.SecurityProfile, error) {
+	switch {
+	case s == "":
+		return nil, nil
+	case s == "runtime/default" || s == "docker/default":
+		return &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault}, nil
+	case s == "unconfined":
+		return &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Unconfined}, nil
+	case strings.HasPrefix(s, localhostPrefix):
+		return &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Localhost, LocalhostRef: strings.TrimPrefix(s, localhostPrefix)}, nil
+	}
+	return nil, invalid(field, s, "there is no such kind of profile", "use runtime/default, unconfined or localhost/PROFILE")
+}
+
+func checkProfile(field string, p *runtimeapi.SecurityProfile) error {
+	switch p.GetProfileType() {
+	case runtimeapi.SecurityProfile_RuntimeDefault, runtimeapi.SecurityProfile_Unconfined:
+		if p.LocalhostRef != "" {
+			return invalid(field+".localhost_ref", p.LocalhostRef, "only a profile of type Localhost has one", "set profile_type to Localhost")
+		}
+		return nil
+	case runtimeapi.SecurityProfile_Localhost:
+		if p.LocalhostRef == "" {
+			return invalid(field+".localhost_ref", "", "a profile of type Localhost needs one", "")
+		}
+		return nil
+	}
+	return invalid(field+".profile_type", p.GetProfileType(), "there is no such type", "use RuntimeDefault, Unconfined or Localhost")
+}
