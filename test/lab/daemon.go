@@ -1,0 +1,276 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/test/images"
+)
+
+// Lab is one daemon with its registry. New starts it; when the test ends, what
+// the test left is removed and what the daemon left is an error of the test.
+type Lab struct {
+	Dir      string // this lab's files on disk
+	Root     string // the daemon's ROOT
+	State    string // the daemon's STATE, on a tmpfs as /run is
+	Socket   string
+	Registry string // URL of the registry that stands in for every other
+	Hosts    string // the directory of the hosts.toml files
+
+	Runtime runtimeapi.RuntimeServiceClient
+	Images  runtimeapi.ImageServiceClient
+
+	config string
+	log    *os.File
+	env    []string
+	daemon *exec.Cmd
+	exited chan error // the daemon's end
+	fresh  snapshot   // before the daemon first ran
+	ready  snapshot   // when it first answered
+}
+
+// Options of a lab.
+type Options struct {
+	Config string // TOML to add to the daemon's configuration; tables only
+	Keys   string // top-level TOML keys to add
+	Root   string // instead of a directory of the lab
+}
+
+// Subnet is where the pods' addresses come from.
+const Subnet = "10.88.0.0/16"
+
+// New starts a registry and a daemon for one test.
+func New(t testing.TB, o Options) *Lab {
+	t.Helper()
+	Require(t)
+	dir, err := os.MkdirTemp(workDir(), "")
+	must(t, err)
+	l := &Lab{Dir: dir, Root: o.Root, State: "/run/sampan", Hosts: filepath.Join(dir, "certs.d")}
+	l.Socket = filepath.Join(l.State, "sampan.sock")
+	if l.Root == "" {
+		l.Root = filepath.Join(dir, "root")
+	}
+	for _, d := range []string{l.Root, l.Hosts, l.Tmp(), l.Logs()} {
+		must(t, os.MkdirAll(d, 0o755))
+	}
+	l.serveImages(t)
+	l.writeConfig(t, o)
+	l.log, err = os.Create(filepath.Join(dir, "daemon.log"))
+	must(t, err)
+	t.Cleanup(func() { l.log.Close() })
+	proxy, err := closedPort()
+	must(t, err)
+	l.env = append(os.Environ(), "HTTP_PROXY=http://"+proxy, "HTTPS_PROXY=http://"+proxy, "NO_PROXY="+Subnet)
+
+	l.fresh, err = l.snapshot()
+	must(t, err)
+	t.Cleanup(func() { l.tearDown(t) })
+	l.Start(t)
+	l.ready, err = l.snapshot()
+	must(t, err)
+
+	conn, err := grpc.NewClient("unix://"+l.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)))
+	must(t, err)
+	t.Cleanup(func() { conn.Close() })
+	l.Runtime, l.Images = runtimeapi.NewRuntimeServiceClient(conn), runtimeapi.NewImageServiceClient(conn)
+	return l
+}
+
+// Tmp is a directory for temporary files of programs that the test runs.
+func (l *Lab) Tmp() string { return filepath.Join(l.Dir, "tmp") }
+
+// Logs is a directory for container logs.
+func (l *Lab) Logs() string { return filepath.Join(l.Dir, "logs") }
+
+func (l *Lab) serveImages(t testing.TB) {
+	t.Helper()
+	handler, err := images.Handler(os.Getenv("SAMPAN_LAB_IMAGES"))
+	must(t, err)
+	l.Registry = Serve(t, handler)
+	must(t, images.WriteHosts(l.Hosts, l.Registry, images.Hosts...))
+}
+
+// Serve answers HTTP on loopback until the test ends, and returns its URL.
+func Serve(t testing.TB, h http.Handler) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	srv := images.Serve(listener, h)
+	t.Cleanup(func() { srv.Close() })
+	return "http://" + listener.Addr().String()
+}
+
+func (l *Lab) writeConfig(t testing.TB, o Options) {
+	t.Helper()
+	text := fmt.Sprintf("root = %q\nstate = %q\nlisten = \"unix://%s\"\n%s\n\n[registry]\nconfig_dir = %q\n", l.Root, l.State, l.Socket, o.Keys, l.Hosts)
+	if !strings.Contains(o.Config, "[network]") {
+		text += fmt.Sprintf("\n[network]\nmode = \"builtin\"\nsubnet = %q\n", Subnet)
+	}
+	l.config = filepath.Join(l.Dir, "config.toml")
+	must(t, os.WriteFile(l.config, []byte(text+"\n"+o.Config), 0o644))
+}
+
+// Start runs the daemon and waits until it answers.
+func (l *Lab) Start(t testing.TB) {
+	t.Helper()
+	l.daemon = exec.Command(os.Getenv(Binary), "serve", "--config", l.config, "--log-level", "debug", "--log-format", "text")
+	l.daemon.Stdout, l.daemon.Stderr, l.daemon.Env = l.log, l.log, l.env
+	must(t, l.daemon.Start())
+	l.exited = make(chan error, 1)
+	go func(cmd *exec.Cmd, exited chan<- error) { exited <- cmd.Wait() }(l.daemon, l.exited)
+	if err := l.awaitAnswer(20 * time.Second); err != nil {
+		t.Fatalf("daemon: %v\n%s", err, l.logTail())
+	}
+}
+
+func (l *Lab) awaitAnswer(limit time.Duration) error {
+	conn, err := grpc.NewClient("unix://"+l.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	client := runtimeapi.NewRuntimeServiceClient(conn)
+	var last error
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		select {
+		case err := <-l.exited:
+			l.exited <- err
+			return fmt.Errorf("ended before it answered: %v", err)
+		default:
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		_, last = client.Version(ctx, &runtimeapi.VersionRequest{})
+		cancel()
+		if last == nil {
+			return nil
+		}
+		conn.ResetConnectBackoff()
+	}
+	return fmt.Errorf("no answer in %v: %w", limit, last)
+}
+
+// Kill sends the daemon SIGKILL and waits for its end.
+func (l *Lab) Kill(t testing.TB) {
+	t.Helper()
+	must(t, l.daemon.Process.Kill())
+	<-l.exited
+	l.daemon = nil
+}
+
+// Stop ends the daemon with SIGTERM. It must exit with code 0, soon.
+func (l *Lab) Stop(t testing.TB) {
+	t.Helper()
+	must(t, l.daemon.Process.Signal(unix.SIGTERM))
+	select {
+	case err := <-l.exited:
+		if err != nil {
+			t.Errorf("daemon, after SIGTERM: %v\n%s", err, l.logTail())
+		}
+	case <-time.After(20 * time.Second):
+		t.Errorf("daemon: still there 20 s after SIGTERM\n%s", l.logTail())
+		_ = l.daemon.Process.Kill() // it may have ended meanwhile
+		<-l.exited
+	}
+	l.daemon = nil
+}
+
+// Pid is the daemon's process id.
+func (l *Lab) Pid() int { return l.daemon.Process.Pid }
+
+// Keepers are the pids of the keeper's processes in a role, "supervisor" or
+// "worker".
+func (l *Lab) Keepers(t testing.TB, role string) []int {
+	t.Helper()
+	processes, err := processes()
+	must(t, err)
+	var pids []int
+	for pid, args := range processes {
+		if len(args) > 1 && strings.HasPrefix(filepath.Base(args[0]), "sampan-keeper") && args[1] == role {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// logTail is the end of the daemon's log.
+func (l *Lab) logTail() string {
+	const lines = 60
+	text, err := os.ReadFile(l.log.Name())
+	if err != nil {
+		return err.Error()
+	}
+	rows := bytes.Split(bytes.TrimSpace(text), []byte("\n"))
+	if len(rows) > lines {
+		rows = rows[len(rows)-lines:]
+	}
+	return "daemon's log ends:\n" + string(bytes.Join(rows, []byte("\n")))
+}
+
+// Crictl runs crictl against the daemon and returns what it printed; a failure
+// of it is an error.
+func (l *Lab) Crictl(args ...string) (string, error) {
+	cmd, err := l.crictl(args...)
+	if err != nil {
+		return "", err
+	}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return string(out), fmt.Errorf("crictl %s: %w: %s%s", strings.Join(args, " "), err, out, stderr.String())
+	}
+	return string(out), nil
+}
+
+// StartCrictl starts crictl with its output in the file, for what does not end.
+func (l *Lab) StartCrictl(output *os.File, args ...string) (*exec.Cmd, error) {
+	cmd, err := l.crictl(args...)
+	if err != nil {
+		return nil, err
+	}
+	cmd.Stdout, cmd.Stderr = output, output
+	return cmd, cmd.Start()
+}
+
+func (l *Lab) crictl(args ...string) (*exec.Cmd, error) {
+	path, err := Tool("crictl")
+	if err != nil {
+		return nil, err
+	}
+	config := filepath.Join(l.Dir, "crictl.yaml")
+	text := fmt.Sprintf("runtime-endpoint: unix://%s\nimage-endpoint: unix://%s\ntimeout: 60\n", l.Socket, l.Socket)
+	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(path, append([]string{"--config", config}, args...)...)
+	cmd.Env = append(l.env, "TMPDIR="+l.Tmp(), "HOME="+l.Dir)
+	return cmd, nil
+}
+
+// Env is the environment for other programs that the test runs.
+func (l *Lab) Env() []string { return append(l.env, "TMPDIR="+l.Tmp(), "HOME="+l.Dir) }
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+var errLeft = errors.New("left behind")

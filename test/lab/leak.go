@@ -1,0 +1,265 @@
+package lab
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// snapshot is what the daemon could leave behind, as a set of lines such as
+// "mount /run/…" or "link vethab12".
+type snapshot map[string]bool
+
+func (l *Lab) snapshot() (snapshot, error) {
+	s := snapshot{}
+	for _, look := range []func(snapshot) error{mounts, links, l.files, l.processes, cgroupDirs, firewall} {
+		if err := look(s); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// since lists what is in s and was not in before, but for what expected matches.
+func (s snapshot) since(before snapshot, expected *regexp.Regexp) []string {
+	var left []string
+	for line := range s {
+		if !before[line] && !expected.MatchString(line) {
+			left = append(left, line)
+		}
+	}
+	slices.Sort(left)
+	return left
+}
+
+func mounts(s snapshot) error {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(text)) {
+		s["mount "+strings.Fields(line)[4]] = true
+	}
+	return nil
+}
+
+func links(s snapshot) error {
+	all, err := netlink.LinkList()
+	if err != nil {
+		return err
+	}
+	for _, link := range all {
+		s["link "+link.Attrs().Name] = true
+	}
+	namespaces, err := filepath.Glob("/run/netns/*")
+	for _, path := range namespaces {
+		s["netns "+path] = true
+	}
+	return err
+}
+
+func (l *Lab) files(s snapshot) error {
+	for _, dir := range []string{l.Root, l.State} {
+		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return nil // it is being removed, or is the FIFO's other end; looked at again later
+			}
+			s["file "+path] = true
+			if d.IsDir() && d.Name() == "rootfs" {
+				return filepath.SkipDir
+			}
+			return nil
+		})
+		if err != nil && !os.IsNotExist(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// processes lists every process of the lab but the tests themselves and the
+// daemon, which is started and stopped by name.
+func (l *Lab) processes(s snapshot) error {
+	all, err := processes()
+	for pid, args := range all {
+		if pid == 1 || pid == os.Getpid() || l.daemon != nil && pid == l.daemon.Process.Pid {
+			continue
+		}
+		s[fmt.Sprintf("process %d %s", pid, strings.Join(args, " "))] = true
+	}
+	return err
+}
+
+// processes are the command lines of the lab, by pid; zombies are not counted.
+func processes() (map[int][]string, error) {
+	dirs, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return nil, err
+	}
+	all := map[int][]string{}
+	for _, path := range dirs {
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+		if err != nil {
+			return nil, err
+		}
+		text, err := os.ReadFile(path)
+		if err != nil || len(text) == 0 {
+			continue // ended meanwhile
+		}
+		all[pid] = strings.Split(strings.TrimRight(string(text), "\x00"), "\x00")
+	}
+	return all, nil
+}
+
+// ours tells the cgroups that a container runtime makes from others that may
+// come and go on the machine meanwhile.
+var ours = regexp.MustCompile(`sampan|[0-9a-f]{32}|kubepods|test\.slice`)
+
+func cgroupDirs(s snapshot) error {
+	return filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && ours.MatchString(path) {
+			s["cgroup "+path] = true
+		}
+		return nil // a cgroup that goes while it is being read is not left behind
+	})
+}
+
+var counters = regexp.MustCompile(`counter packets \d+ bytes \d+|# handle \d+|expires \S+`)
+
+func firewall(s snapshot) error {
+	out, err := exec.Command("nft", "list", "ruleset").Output()
+	if err != nil {
+		return fmt.Errorf("nft list ruleset: %w", err)
+	}
+	table, inElements := "", false
+	for line := range strings.Lines(string(out)) {
+		line = strings.TrimSpace(counters.ReplaceAllString(line, ""))
+		if strings.HasPrefix(line, "table ") {
+			table = strings.TrimSuffix(line, " {")
+		}
+		inElements = inElements || strings.HasPrefix(line, "elements = {")
+		switch {
+		case inElements:
+			s["element "+table+": "+line] = true
+			inElements = !strings.HasSuffix(line, "}")
+		case line != "" && line != "}":
+			s["nft "+table+": "+line] = true
+		}
+	}
+	return nil
+}
+
+// What stays while the daemon runs, once it had a pod: its keeper, the bridge
+// and the tables with their chains.
+var standing = regexp.MustCompile(`^process \d+ \S*sampan-keeper|^file .*/(keepers|bin)(/|$)|^cgroup .*/sampan[.-]keeper|^link sampan0$|^nft `)
+
+// What stays when the daemon and its keepers are gone: its directories, the
+// bridge and the tables, which the pods of a stopped daemon would still need.
+var remaining = regexp.MustCompile(`^file |^link sampan0$|^nft `)
+
+// tearDown removes what the test left, stops the daemon and fails the test if
+// anything of the daemon's stays.
+func (l *Lab) tearDown(t testing.TB) {
+	if t.Failed() {
+		t.Log(l.logTail())
+	}
+	if l.daemon == nil || l.Runtime == nil {
+		return
+	}
+	if err := l.removeAll(); err != nil {
+		t.Errorf("remove what the test left: %v\n%s", err, l.logTail())
+	}
+	if err := l.await(l.ready, standing, 20*time.Second); err != nil {
+		t.Errorf("with all pods and images removed, %v", err)
+	}
+	l.Stop(t)
+	if err := l.await(l.fresh, remaining, 30*time.Second); err != nil {
+		t.Errorf("with the daemon stopped, %v", err)
+	}
+	if !t.Failed() {
+		if err := os.RemoveAll(l.Root); err != nil {
+			t.Errorf("remove %s: %v", l.Root, err)
+		}
+	}
+	// The next lab starts from nothing.
+	if err := os.RemoveAll(l.State); err != nil {
+		t.Errorf("remove %s: %v", l.State, err)
+	}
+	if link, err := netlink.LinkByName("sampan0"); err == nil {
+		must(t, netlink.LinkDel(link))
+	}
+	must(t, exec.Command("nft", "flush", "ruleset").Run())
+}
+
+// await waits until nothing is there that was not before.
+func (l *Lab) await(before snapshot, expected *regexp.Regexp, limit time.Duration) error {
+	for end := time.Now().Add(limit); ; time.Sleep(100 * time.Millisecond) {
+		now, err := l.snapshot()
+		if err != nil {
+			return err
+		}
+		left := now.since(before, expected)
+		if len(left) == 0 {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%d things are %w after %v:\n  %s", len(left), errLeft, limit, strings.Join(first(left, 40), "\n  "))
+		}
+	}
+}
+
+// CheckClean fails the test unless all that was made since the daemon started
+// is gone. Pods and images must be removed before.
+func (l *Lab) CheckClean(t testing.TB) {
+	t.Helper()
+	if err := l.await(l.ready, standing, 15*time.Second); err != nil {
+		t.Error(err)
+	}
+}
+
+func first(lines []string, n int) []string {
+	if len(lines) > n {
+		return append(slices.Clone(lines[:n]), fmt.Sprintf("… and %d more", len(lines)-n))
+	}
+	return lines
+}
+
+// removeAll stops and removes every pod and image.
+func (l *Lab) removeAll() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	pods, err := l.Runtime.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		return err
+	}
+	for _, pod := range pods.GetItems() {
+		if _, err := l.Runtime.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: pod.GetId()}); err != nil {
+			return err
+		}
+		if _, err := l.Runtime.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: pod.GetId()}); err != nil {
+			return err
+		}
+	}
+	list, err := l.Images.ListImages(ctx, &runtimeapi.ListImagesRequest{})
+	if err != nil {
+		return err
+	}
+	for _, image := range list.GetImages() {
+		if _, err := l.Images.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: image.GetId()}}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
