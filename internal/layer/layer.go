@@ -57,10 +57,12 @@ type Store struct {
 	flight flight.Group[digest.Digest, Info]
 	mounts mounter
 
-	mu     sync.Mutex
-	layers map[digest.Digest]Info
+	placing sync.Mutex // held while a layer's files and record change on disk
+	mu      sync.Mutex // guards layers; taken after placing
+	layers  map[digest.Digest]record
 
-	background sync.WaitGroup // removals
+	syncing    sync.Mutex     // held by the one Sync at work
+	background sync.WaitGroup // removals and syncs
 }
 
 // recordKind is the record of one layer. Boot says in which boot the tree was
@@ -74,6 +76,8 @@ type record struct {
 	Inodes uint64        `json:"inodes"`
 	Boot   string        `json:"boot"`
 	Synced bool          `json:"synced"`
+	// OpaqueRoot says that nothing of the layers below is to be seen.
+	OpaqueRoot bool `json:"opaqueRoot,omitempty"`
 	// Implicit lists directories that the layer's archive puts files into
 	// without saying what the directories themselves are like.
 	Implicit []string `json:"implicit,omitempty"`
@@ -83,7 +87,7 @@ type record struct {
 // process left unfinished is removed, and so are layers that an unclean end of
 // an earlier boot may have torn.
 func Open(c Config) (*Store, error) {
-	s := &Store{root: c.Root, log: c.Logger, layers: make(map[digest.Digest]Info)}
+	s := &Store{root: c.Root, log: c.Logger, layers: make(map[digest.Digest]record)}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -106,13 +110,18 @@ func Open(c Config) (*Store, error) {
 
 // Get returns the layer called diffID.
 func (s *Store) Get(diffID digest.Digest) (Info, error) {
+	r, err := s.get(diffID)
+	return r.info(), err
+}
+
+func (s *Store) get(diffID digest.Digest) (record, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	info, ok := s.layers[diffID]
+	r, ok := s.layers[diffID]
 	if !ok {
-		return Info{}, fmt.Errorf("layer %s: %w", diffID, errdefs.ErrNotFound)
+		return record{}, fmt.Errorf("layer %s: %w", diffID, errdefs.ErrNotFound)
 	}
-	return info, nil
+	return r, nil
 }
 
 // List returns all committed layers, in no order.
@@ -120,8 +129,8 @@ func (s *Store) List() []Info {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	list := make([]Info, 0, len(s.layers))
-	for _, info := range s.layers {
-		list = append(list, info)
+	for _, r := range s.layers {
+		list = append(list, r.info())
 	}
 	return list
 }
@@ -133,6 +142,8 @@ func (s *Store) Path(diffID digest.Digest) string { return s.path("tree", name(d
 // Remove takes a layer away. Its name is free at once; its files go in the
 // background. A layer that is absent is no error. Nothing may be mounted on it.
 func (s *Store) Remove(diffID digest.Digest) error {
+	s.placing.Lock()
+	defer s.placing.Unlock()
 	s.mu.Lock()
 	_, known := s.layers[diffID]
 	delete(s.layers, diffID)
@@ -149,7 +160,7 @@ func (s *Store) Remove(diffID digest.Digest) error {
 	return nil
 }
 
-// Close waits until removals under way are done or ctx ends. What is not
+// Close waits until removals and syncs under way are done or ctx ends. What is not
 // removed by then is removed by the next Open.
 func (s *Store) Close(ctx context.Context) error {
 	done := make(chan struct{})
@@ -183,7 +194,7 @@ func (s *Store) load() error {
 	}
 	named := make(map[string]bool, len(records))
 	for _, e := range records {
-		info, err := s.loadOne(e.Name())
+		r, err := s.loadOne(e.Name())
 		if err != nil {
 			s.log.Warn("layer is dropped", "op", "open layers", "layer", e.Name(), "err", err)
 			if err := state.Remove(s.path("record", e.Name())); err != nil {
@@ -192,7 +203,7 @@ func (s *Store) load() error {
 			continue
 		}
 		named[e.Name()] = true
-		s.layers[info.DiffID] = info
+		s.layers[r.DiffID] = r
 	}
 	trees, err := os.ReadDir(s.path("tree"))
 	if err != nil {
@@ -209,21 +220,21 @@ func (s *Store) load() error {
 }
 
 // loadOne reads one record and decides whether its tree can be trusted.
-func (s *Store) loadOne(file string) (Info, error) {
+func (s *Store) loadOne(file string) (record, error) {
 	var r record
 	if err := state.Read(s.path("record", file), recordKind, &r); err != nil {
-		return Info{}, err
+		return record{}, err
 	}
 	if err := r.DiffID.Validate(); err != nil || name(r.DiffID) != file {
-		return Info{}, fmt.Errorf("its record is about %q", r.DiffID)
+		return record{}, fmt.Errorf("its record is about %q", r.DiffID)
 	}
 	if _, err := os.Lstat(s.path("tree", file)); err != nil {
-		return Info{}, err
+		return record{}, err
 	}
 	if !r.Synced && r.Boot != host.BootID() {
-		return Info{}, errors.New("the machine went down before its files were on disk")
+		return record{}, errors.New("the machine went down before its files were on disk")
 	}
-	return r.info(), nil
+	return r, nil
 }
 
 func (r record) info() Info {

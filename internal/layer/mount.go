@@ -60,15 +60,19 @@ func (s *Store) mount(m MountSpec) error {
 	if err != nil || mounted {
 		return err
 	}
-	for _, id := range m.Layers {
-		if _, err := s.Get(id); err != nil {
-			return err
-		}
+	stack, err := s.stack(m.Layers)
+	if err != nil {
+		return err
 	}
 	if err := m.prepare(); err != nil {
 		return err
 	}
-	lower := s.lower(m)
+	if !m.ReadOnly {
+		if err := s.makeUpper(stack, m.Upper); err != nil {
+			return err
+		}
+	}
+	lower := lowerDirs(stack, m.ReadOnly)
 	if !s.mounts.noAppend.Load() {
 		err := s.mountNew(m, lower)
 		if !errors.Is(err, errNoAppend) {
@@ -77,6 +81,23 @@ func (s *Store) mount(m MountSpec) error {
 		s.mounts.noAppend.Store(true)
 	}
 	return s.mountClassic(m, lower)
+}
+
+// stack returns the layers that can be seen, top first: below one with an opaque
+// root there is nothing to see.
+func (s *Store) stack(ids []digest.Digest) ([]record, error) {
+	var stack []record
+	for _, id := range slices.Backward(ids) {
+		r, err := s.get(id)
+		if err != nil {
+			return nil, err
+		}
+		stack = append(stack, r)
+		if r.OpaqueRoot {
+			break
+		}
+	}
+	return stack, nil
 }
 
 func (m MountSpec) validate() error {
@@ -104,26 +125,42 @@ func (m MountSpec) prepare() error {
 	if err := os.RemoveAll(m.Work); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(m.Work, 0o711); err != nil {
-		return err
-	}
-	return os.MkdirAll(m.Upper, 0o755)
+	return os.MkdirAll(m.Work, 0o711)
 }
 
-// lower lists the lower directories relative to the root of the store, top
-// first. Overlayfs wants at least one, and two if there is no upper directory:
+// makeUpper makes the writable layer, unless it exists: then it holds what a
+// container wrote, and is left alone.
+func (s *Store) makeUpper(stack []record, upper string) error {
+	if _, err := os.Lstat(upper); err == nil {
+		return nil
+	}
+	fresh := upper + ".new"
+	if err := os.RemoveAll(fresh); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(fresh, 0o755); err != nil {
+		return err
+	}
+	if err := s.restore(stack, fresh); err != nil {
+		return errors.Join(err, os.RemoveAll(fresh))
+	}
+	return os.Rename(fresh, upper)
+}
+
+// lowerDirs lists the lower directories relative to the directory of trees,
+// top first. Overlayfs wants at least one, and two if there is no upper directory:
 // empty ones stand in.
-func (s *Store) lower(m MountSpec) []string {
-	dirs := make([]string, 0, len(m.Layers)+2)
-	for _, id := range slices.Backward(m.Layers) {
-		dirs = append(dirs, filepath.Join("tree", name(id)))
+func lowerDirs(stack []record, readOnly bool) []string {
+	dirs := make([]string, 0, len(stack)+2)
+	for _, r := range stack {
+		dirs = append(dirs, name(r.DiffID))
 	}
 	want := 1
-	if m.ReadOnly {
+	if readOnly {
 		want = 2
 	}
 	for i := 0; len(dirs) < want; i++ {
-		dirs = append(dirs, filepath.Join("empty", strconv.Itoa(i)))
+		dirs = append(dirs, filepath.Join("../empty", strconv.Itoa(i)))
 	}
 	return dirs
 }
@@ -139,7 +176,7 @@ func (s *Store) mountNew(m MountSpec, lower []string) error {
 	}
 	defer unix.Close(fsfd)
 	for _, dir := range lower {
-		if err := unix.FsconfigSetString(fsfd, "lowerdir+", s.path(dir)); err != nil {
+		if err := unix.FsconfigSetString(fsfd, "lowerdir+", s.path("tree", dir)); err != nil {
 			return errNoAppend
 		}
 	}
@@ -170,7 +207,7 @@ func (s *Store) mountNew(m MountSpec, lower []string) error {
 }
 
 // mountClassic mounts by mount(2), which takes all options in one page: lower
-// directories are named relative to the store.
+// directories are named relative to the directory they are in.
 func (s *Store) mountClassic(m MountSpec, lower []string) error {
 	options := append(m.options(), "lowerdir="+strings.Join(lower, ":"))
 	for i, o := range options[:len(options)-1] {
@@ -184,7 +221,7 @@ func (s *Store) mountClassic(m MountSpec, lower []string) error {
 	if m.ReadOnly {
 		flags |= unix.MS_RDONLY
 	}
-	return host.InDir(s.root, func() error {
+	return host.InDir(s.path("tree"), func() error {
 		if err := unix.Mount("overlay", m.Target, "overlay", flags, data); err != nil {
 			return fmt.Errorf("overlayfs: %w", err)
 		}
