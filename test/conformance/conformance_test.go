@@ -133,7 +133,7 @@ func (s spec) fullName() string {
 
 // name is the full name without the parts that all have.
 func (s spec) name() string {
-	return strings.TrimPrefix(strings.TrimSuffix(s.fullName(), " [Conformance]"), "[k8s.io] ")
+	return strings.NewReplacer("[k8s.io] ", "", " [Conformance]", "").Replace(s.fullName())
 }
 
 // readReport returns the specs that were meant to run. Ginkgo calls those that

@@ -95,7 +95,8 @@ func ipcs([]string) (int, error) {
 func lines(args []string) (int, error) {
 	set := flag.NewFlagSet("lines", flag.ContinueOnError)
 	count := set.Int("n", 1000, "how many lines")
-	every := set.Duration("every", 0, "pause between lines")
+	every := set.Duration("every", 0, "pause between bursts")
+	burst := set.Int("burst", 1, "how many lines make a burst")
 	width := set.Int("width", 0, "pad each line to this many bytes")
 	code := set.Int("exit", 0, "exit code")
 	both := set.Bool("both", false, "write every second line to stderr")
@@ -115,7 +116,7 @@ func lines(args []string) (int, error) {
 			continue
 		}
 		fmt.Fprintln(out, line)
-		if *every > 0 {
+		if *every > 0 && i%*burst == 0 {
 			if err := out.Flush(); err != nil {
 				return 3, err
 			}
