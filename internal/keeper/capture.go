@@ -102,4 +102,3 @@ func (c *capture) close() {
 	c.r.Close()
 	<-c.done
 }
-
