@@ -68,10 +68,10 @@ func capabilities(in Input) (*specs.LinuxCapabilities, error) {
 	ambient = onHost(ambient, in.Host.Capabilities)
 	return &specs.LinuxCapabilities{
 		Bounding:    caps,
-		Permitted:   caps,
-		Effective:   caps,
+		Permitted:   slices.Clone(caps),
+		Effective:   slices.Clone(caps),
 		Inheritable: ambient,
-		Ambient:     ambient,
+		Ambient:     slices.Clone(ambient),
 	}, nil
 }
 

@@ -2,6 +2,7 @@ package spec
 
 import (
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/moby/profiles/seccomp"
@@ -60,9 +61,10 @@ func hiddenPaths(in Input) (masked, readonly []string) {
 	case sc.GetPrivileged():
 		return nil, nil
 	case len(masked)+len(readonly) == 0 && !NamespacesOf(in.Pod).User:
-		return defaultMasked, defaultReadonly
+		masked, readonly = defaultMasked, defaultReadonly
 	}
-	return masked, readonly
+	// The spec is the caller's to edit.
+	return slices.Clone(masked), slices.Clone(readonly)
 }
 
 // SeccompFile returns the path of the seccomp profile that a container needs

@@ -2,7 +2,7 @@ package spec
 
 import (
 	"fmt"
-	"os"
+	"io/fs"
 	"path"
 	"strings"
 
@@ -71,7 +71,7 @@ func setDevice(list []specs.LinuxDevice, d specs.LinuxDevice) []specs.LinuxDevic
 }
 
 func deviceNode(d host.Device, target string) specs.LinuxDevice {
-	mode := os.FileMode(d.Mode)
+	mode := fs.FileMode(d.Mode)
 	return specs.LinuxDevice{
 		Path: target, Type: d.Type, Major: d.Major, Minor: d.Minor,
 		FileMode: &mode, UID: &d.UID, GID: &d.GID,

@@ -30,6 +30,9 @@ func process(in Input) (*specs.Process, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := checkMapped(in.Pod, id); err != nil {
+		return nil, err
+	}
 	env, err := environment(in, id.home)
 	if err != nil {
 		return nil, err

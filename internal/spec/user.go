@@ -2,6 +2,7 @@ package spec
 
 import (
 	"bytes"
+	"fmt"
 	"math"
 	"slices"
 	"strconv"
@@ -238,4 +239,22 @@ func checkID(field string, v int64) (uint32, error) {
 		return 0, invalid(field, v, "an id must be between 0 and 2147483647", "")
 	}
 	return uint32(v), nil
+}
+
+// checkMapped refuses ids that a pod's user namespace does not have.
+func checkMapped(pod *runtimeapi.PodSandboxConfig, id identity) error {
+	if !NamespacesOf(pod).User {
+		return nil
+	}
+	const remedy = "use an id inside the range, or a larger range"
+	u := podNamespaceOptions(pod).GetUsernsOptions()
+	if n := u.GetUids()[0].GetLength(); id.uid >= n {
+		return invalid("linux.security_context.run_as_user", id.uid, fmt.Sprintf("the pod's user namespace has %d ids", n), remedy)
+	}
+	for _, gid := range id.groups {
+		if n := u.GetGids()[0].GetLength(); gid >= n {
+			return invalid("linux.security_context.supplemental_groups", gid, fmt.Sprintf("the pod's user namespace has %d ids", n), remedy)
+		}
+	}
+	return nil
 }
