@@ -77,18 +77,18 @@ func New(t testing.TB, o Options) *Lab {
 	must(t, err)
 	l.env = append(os.Environ(), "HTTP_PROXY=http://"+proxy, "HTTPS_PROXY=http://"+proxy, "NO_PROXY="+Subnet)
 
+	conn, err := grpc.NewClient("unix://"+l.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)))
+	must(t, err)
+	t.Cleanup(func() { conn.Close() })
+	l.Runtime, l.Images = runtimeapi.NewRuntimeServiceClient(conn), runtimeapi.NewImageServiceClient(conn)
+
 	l.fresh, err = l.snapshot()
 	must(t, err)
 	t.Cleanup(func() { l.tearDown(t) })
 	l.Start(t)
 	l.ready, err = l.snapshot()
 	must(t, err)
-
-	conn, err := grpc.NewClient("unix://"+l.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)))
-	must(t, err)
-	t.Cleanup(func() { conn.Close() })
-	l.Runtime, l.Images = runtimeapi.NewRuntimeServiceClient(conn), runtimeapi.NewImageServiceClient(conn)
 	return l
 }
 
@@ -224,18 +224,17 @@ func (l *Lab) logTail() string {
 
 // Crictl runs crictl against the daemon and returns what it printed; a failure
 // of it is an error.
-func (l *Lab) Crictl(args ...string) (string, error) {
+func (l *Lab) Crictl(args ...string) (stdout, stderr string, err error) {
 	cmd, err := l.crictl(args...)
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if err != nil {
-		return string(out), fmt.Errorf("crictl %s: %w: %s%s", strings.Join(args, " "), err, out, stderr.String())
+	var out, errors bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errors
+	if err := cmd.Run(); err != nil {
+		return out.String(), errors.String(), fmt.Errorf("crictl %s: %w: %s%s", strings.Join(args, " "), err, out.String(), errors.String())
 	}
-	return string(out), nil
+	return out.String(), errors.String(), nil
 }
 
 // StartCrictl starts crictl with its output in the file, for what does not end.

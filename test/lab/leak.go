@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -175,32 +177,91 @@ func (l *Lab) tearDown(t testing.TB) {
 	if t.Failed() {
 		t.Log(l.logTail())
 	}
-	if l.daemon == nil || l.Runtime == nil {
-		return
+	if l.daemon != nil {
+		if err := l.removeAll(); err != nil {
+			t.Errorf("remove what the test left: %v\n%s", err, l.logTail())
+		}
+		if l.ready != nil {
+			l.CheckClean(t)
+		}
+		l.Stop(t)
 	}
-	if err := l.removeAll(); err != nil {
-		t.Errorf("remove what the test left: %v\n%s", err, l.logTail())
-	}
-	if err := l.await(l.ready, standing, 20*time.Second); err != nil {
-		t.Errorf("with all pods and images removed, %v", err)
-	}
-	l.Stop(t)
 	if err := l.await(l.fresh, remaining, 30*time.Second); err != nil {
 		t.Errorf("with the daemon stopped, %v", err)
 	}
+	if err := l.sweep(); err != nil {
+		t.Errorf("make room for the next test: %v", err)
+	}
 	if !t.Failed() {
-		if err := os.RemoveAll(l.Root); err != nil {
-			t.Errorf("remove %s: %v", l.Root, err)
+		must(t, os.RemoveAll(l.Root))
+	}
+}
+
+// sweep makes the lab as it was before the daemon first ran, so that the next
+// test starts from nothing whatever this one left.
+func (l *Lab) sweep() error {
+	now, err := l.snapshot()
+	if err != nil {
+		return err
+	}
+	left := now.since(l.fresh, regexp.MustCompile(`^file |^nft |^element `))
+	slices.Reverse(left) // what is below a mount point or in a cgroup first
+	for _, kind := range []string{"process", "mount", "link", "netns", "cgroup"} {
+		for _, line := range left {
+			what, rest, _ := strings.Cut(line, " ")
+			if what != kind {
+				continue
+			}
+			if err := remove(kind, rest); err != nil {
+				return fmt.Errorf("%s: %w", line, err)
+			}
 		}
 	}
-	// The next lab starts from nothing.
 	if err := os.RemoveAll(l.State); err != nil {
-		t.Errorf("remove %s: %v", l.State, err)
+		return err
 	}
-	if link, err := netlink.LinkByName("sampan0"); err == nil {
-		must(t, netlink.LinkDel(link))
+	return exec.Command("nft", "flush", "ruleset").Run()
+}
+
+func remove(kind, what string) error {
+	var err error
+	switch kind {
+	case "process":
+		var pid int
+		if _, err = fmt.Sscan(what, &pid); err == nil {
+			err = ignore(unix.Kill(pid, unix.SIGKILL), unix.ESRCH)
+		}
+	case "mount":
+		err = ignore(unix.Unmount(what, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW), unix.EINVAL, unix.ENOENT)
+	case "link":
+		var link netlink.Link
+		if link, err = netlink.LinkByName(what); err == nil {
+			err = ignore(netlink.LinkDel(link), unix.ENODEV)
+		} else if errors.As(err, &netlink.LinkNotFoundError{}) {
+			err = nil // it went with its peer
+		}
+	case "netns":
+		err = ignore(os.Remove(what), unix.ENOENT)
+	case "cgroup":
+		// Its processes were killed just now. What stays longer is reported already.
+		for range 50 {
+			if err = ignore(unix.Rmdir(what), unix.ENOENT); !errors.Is(err, unix.EBUSY) {
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		err = ignore(err, unix.EBUSY)
 	}
-	must(t, exec.Command("nft", "flush", "ruleset").Run())
+	return err
+}
+
+func ignore(err error, these ...error) error {
+	for _, this := range these {
+		if errors.Is(err, this) {
+			return nil
+		}
+	}
+	return err
 }
 
 // await waits until nothing is there that was not before.
