@@ -4,6 +4,8 @@
 // Loader it is given. It must not grow calls that the CRI has.
 package admin
 
+//go:generate protoc --go_out=. --go_opt=paths=source_relative --go-grpc_out=. --go-grpc_opt=paths=source_relative admin.proto
+
 import (
 	"context"
 	"errors"

@@ -1,0 +1,87 @@
+# make              build bin/sampan, with all it carries
+# make quickstart   install what a build needs, build, start the daemon, run a pod
+# make quickstart-down   remove every trace of it
+# make test         install what the tests need, and run them all
+# make conformance  all of critest, not only what `make test` takes of it
+# make check        formatting, vet, staticcheck
+# make generate     write the generated Go code anew (needs protoc)
+
+SHELL := /bin/sh
+export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
+export GOTOOLCHAIN := local
+
+VERSION := $(shell cat VERSION)$(shell git describe --always --exclude='*' --dirty=+ 2>/dev/null | sed 's/^/+/')
+GO_BUILD := go build -trimpath -buildvcs=false
+# What the keeper is built with; the checks look at the same code.
+KEEPER_TAGS := netgo,osusergo,seccomp,static_build
+SUITES := ./test/e2e ./test/conformance
+PACKAGES = $(filter-out $(SUITES:./%=sampan.dev/sampan/%),$(shell go list ./...))
+
+.PHONY: all build deps
+all: build
+build: bin/sampan
+deps:
+	@scripts/install-deps build
+
+# Go itself knows best what has changed, so these always ask it.
+.PHONY: bin/sampan bin/sampan-keeper bin/sampan-hello
+bin/sampan: embed
+	CGO_ENABLED=0 $(GO_BUILD) -ldflags '-s -w -X main.release=$(VERSION)' -o $@ ./cmd/sampan
+bin/sampan-keeper:
+	CGO_ENABLED=1 $(GO_BUILD) -tags $(KEEPER_TAGS) -ldflags '-s -w -linkmode external -extldflags "-static"' -o $@ ./cmd/sampan-keeper
+bin/sampan-hello:
+	CGO_ENABLED=0 $(GO_BUILD) -ldflags '-s -w' -o $@ ./cmd/sampan-hello
+bin/init: $(wildcard cmd/sampan-init/*)
+	@mkdir -p bin
+	$(CC) -Os -Wall -Wextra -Werror -static -s -o $@ cmd/sampan-init/*.c
+
+.PHONY: embed
+embed: bin/sampan-keeper bin/sampan-hello bin/init
+	@scripts/embed bin/sampan-keeper keeper
+	@scripts/embed bin/sampan-hello hello
+	@scripts/embed bin/init init
+
+.PHONY: quickstart quickstart-down
+quickstart:
+	@scripts/install-deps quickstart
+	@$(MAKE) --no-print-directory build
+	@scripts/quickstart
+quickstart-down:
+	@scripts/quickstart-down
+
+.PHONY: test unit suites conformance
+test:
+	@scripts/install-deps test
+	$(MAKE) build
+	$(MAKE) check
+	$(MAKE) unit
+	$(MAKE) suites
+
+# The whole tree but the suites, which need the built binary.
+unit:
+	go test -race -tags seccomp -timeout 10m $(PACKAGES)
+suites:
+	SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -p 1 -timeout 30m $(SUITES)
+conformance:
+	@scripts/install-deps test
+	$(MAKE) build
+	SAMPAN_CONFORMANCE=all SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -timeout 60m -v ./test/conformance
+
+.PHONY: check
+check: .cache/bin/staticcheck
+	@unformatted=$$(gofmt -l cmd internal test); if [ -n "$$unformatted" ]; then echo "gofmt -w needed:"; echo "$$unformatted"; exit 1; fi
+	go vet -tags seccomp ./...
+	.cache/bin/staticcheck -tags seccomp ./...
+
+.cache/bin/%: tools/go.mod tools/go.sum
+	@mkdir -p $(@D)
+	cd tools && go build -o $(CURDIR)/$@ $$(go list tool | grep '/$*$$')
+
+# Written with protoc 3.21; the plugins are pinned in tools/.
+.PHONY: generate
+generate: .cache/bin/protoc-gen-go .cache/bin/protoc-gen-go-grpc .cache/bin/protoc-gen-go-ttrpc
+	PATH=$(CURDIR)/.cache/bin:$$PATH go generate ./...
+
+.PHONY: clean
+clean:
+	rm -rf bin .cache internal/embedded/files/keeper* internal/embedded/files/init* internal/embedded/files/hello*
