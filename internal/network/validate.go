@@ -11,10 +11,13 @@ import (
 
 var podID = regexp.MustCompile(`^[0-9a-f]{64}$`)
 
+// IsPodID reports whether s has the form of a pod's ID.
+func IsPodID(s string) bool { return podID.MatchString(s) }
+
 // Validate checks what every network relies on. The error wraps
 // ErrInvalidArgument.
 func (p Pod) Validate() error {
-	if !podID.MatchString(p.ID) {
+	if !IsPodID(p.ID) {
 		return fmt.Errorf("pod id %q: %w: not 64 hex digits", p.ID, errdefs.ErrInvalidArgument)
 	}
 	if p.NetNS == "" {

@@ -55,7 +55,8 @@ type Network struct {
 
 // setUp is what the host was prepared for.
 type setUp struct {
-	mtu uint32
+	layout layout
+	mtu    uint32
 }
 
 var _ network.Network = (*Network)(nil)
@@ -84,16 +85,19 @@ func Open(cfg Config) (*Network, error) {
 	if err := network.ValidateCIDRs(subnets); err != nil {
 		return nil, err
 	}
-	pods, err := shelf.load(host.BootID())
-	if pods == nil {
-		return nil, fmt.Errorf("open network records: %w", err)
-	}
+	pods, damaged, err := shelf.load(host.BootID())
 	if err != nil {
-		cfg.Logger.Warn("network records unreadable", "err", err)
+		return nil, fmt.Errorf("open network records: %w", err)
 	}
 	h, err := openHostSide(cfg.NetNS, link)
 	if err != nil {
 		return nil, err
+	}
+	for _, id := range damaged {
+		if err := salvage(h, shelf, id, subnets, pods); err != nil {
+			return nil, errors.Join(fmt.Errorf("salvage damaged record of pod %s: %w", id, err), h.Close())
+		}
+		cfg.Logger.Warn("network record was damaged, made again from what the kernel knows; host ports are lost", "pod", id)
 	}
 	n := &Network{log: cfg.Logger, host: h, shelf: shelf, pods: pods, used: make(map[netip.Addr]string)}
 	for _, r := range pods {
@@ -109,6 +113,22 @@ func Open(cfg Config) (*Network, error) {
 	}
 	n.caretaker = startCaretaker(n, leaving(pods))
 	return n, nil
+}
+
+// salvage makes a damaged record again from the kernel: its link bears the name
+// the pod gets when no other has it, and has the routes to its addresses. After
+// a power loss there is no link, and nothing to keep.
+func salvage(h *hostSide, shelf shelf, podID string, subnets []netip.Prefix, pods map[string]*record) error {
+	r := &record{Pod: podID, Name: "unknown", Boot: host.BootID(), Link: h.podLink(podID, 0)}
+	var err error
+	if r.IPs, err = h.routedTo(r.Link, subnets); err != nil {
+		return err
+	}
+	if len(r.IPs) == 0 {
+		return shelf.forget(podID)
+	}
+	pods[podID] = r
+	return shelf.store(r)
 }
 
 func leaving(pods map[string]*record) []*record {
@@ -181,8 +201,7 @@ func (n *Network) SetPodCIDR(cidrs []netip.Prefix) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.setPools(cidrs)
-	n.setUp = nil // the next Attach prepares the host for them
+	n.setPools(cidrs) // the next Attach prepares the host for them
 	return nil
 }
 
@@ -246,7 +265,7 @@ func (n *Network) claim(pod network.Pod) (*record, error) {
 		if !ok {
 			return nil, fmt.Errorf("%w: no address is free in %s", errdefs.ErrResourceExhausted, p.subnet)
 		}
-		r.IPs = append(r.IPs, podIP{Addr: addr, Gateway: p.gateway})
+		r.IPs = append(r.IPs, podIP{Addr: addr, Subnet: p.subnet, Gateway: p.gateway})
 	}
 	for _, ip := range r.IPs {
 		n.used[ip.Addr] = r.Pod
@@ -273,9 +292,8 @@ func (n *Network) holder(ports []network.PortMapping) (*record, network.PortMapp
 // freeLink picks the name of the pod's link on the host: some digits of its ID,
 // the first if they are free.
 func (n *Network) freeLink(podID string) (string, error) {
-	for i := range len(podID) - linkDigits + 1 {
-		name := n.host.link + "-" + podID[i:i+linkDigits]
-		if !slices.ContainsFunc(slices.Collect(maps.Values(n.pods)), func(r *record) bool { return r.Link == name }) {
+	for skip := range len(podID) - linkDigits + 1 {
+		if name := n.host.podLink(podID, skip); !n.linkInUse(name) {
 			return name, nil
 		}
 	}
@@ -358,9 +376,7 @@ func (n *Network) Sweep(ctx context.Context, live func(podID string) bool) error
 	records := slices.Collect(maps.Values(n.pods))
 	n.mu.Unlock()
 	var errs []error
-	known := make(map[string]bool)
 	for _, r := range records {
-		known[r.Link] = true
 		if !live(r.Pod) {
 			errs = append(errs, n.Detach(ctx, r.Pod))
 		}
@@ -368,17 +384,18 @@ func (n *Network) Sweep(ctx context.Context, live func(podID string) bool) error
 	links, err := n.host.podLinks()
 	errs = append(errs, err)
 	for _, name := range links {
-		if !known[name] && !n.linkInUse(name) {
+		n.mu.Lock()
+		inUse := n.linkInUse(name)
+		n.mu.Unlock()
+		if !inUse {
 			errs = append(errs, n.host.rt.do(delLink(name)))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// linkInUse reports whether a pod that came after Sweep looked has the link.
+// linkInUse reports whether a pod has the link.
 func (n *Network) linkInUse(name string) bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
 	for _, r := range n.pods {
 		if r.Link == name {
 			return true
@@ -393,25 +410,24 @@ func (n *Network) prepare() (*setUp, error) {
 	n.setUpMu.Lock()
 	defer n.setUpMu.Unlock()
 	n.mu.Lock()
-	ready, l, pods := n.setUp, n.layout(), n.attached()
+	ready, l, pods, room := n.setUp, n.layout(), n.attached(), len(n.pools) > 0
 	n.mu.Unlock()
-	if len(l.subnets) == 0 {
+	if !room {
 		return nil, errNoSubnet
 	}
 	var err error
-	if ready == nil {
+	if ready == nil || !ready.layout.equal(l) {
 		ready, err = n.prepareHost(l, pods)
 	} else {
 		err = n.repairFirewall(l, pods)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.trouble = err; err != nil {
-		return nil, fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
+	if err != nil {
+		n.trouble = fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
+		return nil, n.trouble
 	}
-	if slices.Equal(n.layout().subnets, l.subnets) {
-		n.setUp = ready
-	}
+	n.trouble, n.setUp = nil, ready
 	return ready, nil
 }
 
@@ -422,7 +438,7 @@ func (n *Network) prepareHost(l layout, pods []*record) (*setUp, error) {
 	if err := n.host.firewall.rebuild(l, pods); err != nil {
 		return nil, err
 	}
-	return &setUp{mtu: n.host.mtu()}, nil
+	return &setUp{layout: l, mtu: n.host.mtu()}, nil
 }
 
 // repairFirewall brings the table back after somebody flushed the whole rule
@@ -436,18 +452,15 @@ func (n *Network) repairFirewall(l layout, pods []*record) error {
 	return n.host.firewall.rebuild(l, pods)
 }
 
-// layout covers the subnets for new pods and the gateways old pods still use.
+// layout covers the subnets for new pods and those that old pods are still in.
 func (n *Network) layout() layout {
 	var l layout
 	for _, p := range n.pools {
-		l.subnets = append(l.subnets, p.subnet)
-		l.gateways = append(l.gateways, p.gateway)
+		l.add(p.subnet, p.gateway)
 	}
 	for _, r := range n.pods {
 		for _, ip := range r.IPs {
-			if !slices.Contains(l.gateways, ip.Gateway) {
-				l.gateways = append(l.gateways, ip.Gateway)
-			}
+			l.add(ip.Subnet, ip.Gateway)
 		}
 	}
 	return l

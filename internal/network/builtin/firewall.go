@@ -56,12 +56,6 @@ type firewall struct {
 	link  string // host ends of pods are called link-*
 }
 
-// layout is what the fixed part of the table depends on.
-type layout struct {
-	subnets  []netip.Prefix
-	gateways []netip.Addr // the first of each IP version speaks for the host
-}
-
 // openFirewall opens the netlink socket in the namespace of the calling thread.
 func openFirewall(link string) (*firewall, error) {
 	conn, err := nftables.New(nftables.AsLasting())

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -23,6 +24,26 @@ type hostSide struct {
 	rt       *rtnl
 	firewall *firewall
 	netlink  *netlink.Handle // for what is rare: dumps and conntrack
+}
+
+// layout is what the shared part of the network depends on. Of each IP version
+// the first gateway speaks for the host.
+type layout struct {
+	subnets  []netip.Prefix
+	gateways []netip.Addr
+}
+
+func (l *layout) add(subnet netip.Prefix, gateway netip.Addr) {
+	if !slices.Contains(l.subnets, subnet) {
+		l.subnets = append(l.subnets, subnet)
+		l.gateways = append(l.gateways, gateway)
+	}
+}
+
+// equal reports whether two layouts have the same subnets, in whatever order.
+func (l layout) equal(o layout) bool {
+	return len(l.subnets) == len(o.subnets) &&
+		!slices.ContainsFunc(l.subnets, func(s netip.Prefix) bool { return !slices.Contains(o.subnets, s) })
 }
 
 func openHostSide(netns, link string) (*hostSide, error) {
@@ -96,7 +117,31 @@ func (h *hostSide) prepare(l layout) error {
 	for _, s := range l.subnets {
 		requests = append(requests, addRoute(route{dst: s, unreachable: true}))
 	}
+	requests = append(requests, h.outdated(int(gateways.index), l)...)
 	return h.rt.do(requests...)
+}
+
+// outdated removes what was prepared for subnets that are no longer in use: they
+// may belong to another node by now.
+func (h *hostSide) outdated(gateways int, l layout) []request {
+	var requests []request
+	for _, fam := range []int{unix.AF_INET, unix.AF_INET6} {
+		// What cannot be listed stays, and is listed again next time.
+		addrs, _ := h.netlink.AddrList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: gateways}}, fam)
+		for _, a := range addrs {
+			if addr, ok := prefixOf(a.IPNet); ok && addr.IsSingleIP() && !slices.Contains(l.gateways, addr.Addr()) {
+				requests = append(requests, delAddr(int32(gateways), addr.Addr()))
+			}
+		}
+		filter := &netlink.Route{Protocol: routeProtocol, Type: unix.RTN_UNREACHABLE}
+		routes, _ := h.netlink.RouteListFiltered(fam, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TYPE)
+		for _, r := range routes {
+			if dst, ok := prefixOf(r.Dst); ok && !slices.Contains(l.subnets, dst) {
+				requests = append(requests, delRoute(route{dst: dst, unreachable: true}))
+			}
+		}
+	}
+	return requests
 }
 
 // enableForwarding makes the host a router. An interface that learns its own
@@ -213,4 +258,43 @@ func (h *hostSide) podLinks() ([]string, error) {
 		}
 	}
 	return names, nil
+}
+
+// podLink is the name of a pod's link on the host: digits of its ID, counted
+// from skip.
+func (h *hostSide) podLink(podID string, skip int) string {
+	return h.link + "-" + podID[skip:skip+linkDigits]
+}
+
+// routedTo lists the pod addresses that our routes send to a link; none if there
+// is no such link. Which subnet they are of, the kernel does not know.
+func (h *hostSide) routedTo(name string, subnets []netip.Prefix) ([]podIP, error) {
+	l, err := h.rt.link(name)
+	if errors.Is(err, unix.ENODEV) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	filter := &netlink.Route{LinkIndex: int(l.index), Protocol: routeProtocol}
+	var ips []podIP
+	for _, fam := range []int{unix.AF_INET, unix.AF_INET6} {
+		routes, err := h.netlink.RouteListFiltered(fam, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_PROTOCOL)
+		if err != nil {
+			return nil, fmt.Errorf("list routes to %s: %w", name, err)
+		}
+		for _, r := range routes {
+			dst, ok := prefixOf(r.Dst)
+			gateway, _ := netip.AddrFromSlice(r.Src)
+			if !ok || !dst.IsSingleIP() {
+				continue
+			}
+			subnet := dst
+			if i := slices.IndexFunc(subnets, func(s netip.Prefix) bool { return s.Contains(dst.Addr()) }); i >= 0 {
+				subnet = subnets[i]
+			}
+			ips = append(ips, podIP{Addr: dst.Addr(), Subnet: subnet, Gateway: gateway.Unmap()})
+		}
+	}
+	return ips, nil
 }

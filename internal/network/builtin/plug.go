@@ -121,7 +121,7 @@ func (h *hostSide) setUpHostSide(pod *record, index int32) error {
 	if len(pod.Ports) > 0 {
 		requests = append(requests, routeLocalnet(index))
 	}
-	return h.rt.do(requests...)
+	return errors.Join(h.rt.do(requests...), h.rt.settle(pod.Link))
 }
 
 // cut takes all traffic away from the pod, at once and whatever its namespace
@@ -130,7 +130,7 @@ func (h *hostSide) setUpHostSide(pod *record, index int32) error {
 func (h *hostSide) cut(pod *record) error {
 	var requests []request
 	for _, ip := range pod.IPs {
-		requests = append(requests, delRoute(single(ip.Addr)))
+		requests = append(requests, delRoute(route{dst: single(ip.Addr)}))
 	}
 	err := h.rt.do(requests...)
 	if len(pod.Ports) == 0 {

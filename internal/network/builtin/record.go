@@ -30,10 +30,11 @@ type record struct {
 	Leaving bool                  `json:"leaving,omitempty"`
 }
 
-// podIP is an address of a pod and the gateway it was given with.
+// podIP is an address of a pod and where it comes from.
 type podIP struct {
-	Addr    netip.Addr `json:"addr"`
-	Gateway netip.Addr `json:"gateway"`
+	Addr    netip.Addr   `json:"addr"`
+	Subnet  netip.Prefix `json:"subnet"`
+	Gateway netip.Addr   `json:"gateway"`
 }
 
 func (r *record) result() network.Result {
@@ -82,29 +83,33 @@ func (s shelf) store(r *record) error {
 func (s shelf) forget(podID string) error { return state.Remove(s.path(podID)) }
 
 // load returns the records of this boot and removes those of earlier ones, for
-// what they describe is gone. Records that cannot be read are named in the
-// error and removed as well: after a power loss they are of an earlier boot,
-// and Sweep removes links that no record knows.
-func (s shelf) load(boot string) (map[string]*record, error) {
+// what they describe is gone. Damaged ones are returned by pod ID.
+func (s shelf) load(boot string) (good map[string]*record, damaged []string, err error) {
 	entries, err := os.ReadDir(s.path(""))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	records := make(map[string]*record)
-	var unreadable []error
+	good = make(map[string]*record)
 	for _, e := range entries {
-		var r record
-		err := state.Read(s.path(e.Name()), podKind, &r)
-		if errors.Is(err, state.ErrVersion) {
-			return nil, err // a newer build's: leave everything as it is
-		}
-		if err == nil && r.Boot == boot && r.Pod == e.Name() && len(r.IPs) > 0 {
-			records[r.Pod] = &r
+		if !network.IsPodID(e.Name()) {
 			continue
 		}
-		unreadable = append(unreadable, err, s.forget(e.Name()))
+		var r record
+		err := state.Read(s.path(e.Name()), podKind, &r)
+		switch {
+		case errors.Is(err, state.ErrDamaged):
+			damaged = append(damaged, e.Name())
+		case err != nil:
+			return nil, nil, err
+		case r.Boot != boot:
+			if err := s.forget(e.Name()); err != nil {
+				return nil, nil, err
+			}
+		default:
+			good[r.Pod] = &r
+		}
 	}
-	return records, errors.Join(unreadable...)
+	return good, damaged, nil
 }
 
 func (s shelf) subnets() ([]netip.Prefix, error) {

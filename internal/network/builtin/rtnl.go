@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+	"unsafe"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -55,7 +56,13 @@ func openRtnl() (*rtnl, error) {
 	return &rtnl{fd: fd}, nil
 }
 
-func (c *rtnl) Close() error { return unix.Close(c.fd) }
+func (c *rtnl) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	fd := c.fd
+	c.fd = -1 // never somebody else's
+	return unix.Close(fd)
+}
 
 // do sends the requests together and returns the joined errors of those that
 // failed. A failed request does not keep the ones after it from being done.
@@ -216,6 +223,35 @@ func (c *rtnl) link(name string, before ...request) (link, error) {
 	return parseLink(msg)
 }
 
+// settle makes the kernel take notice that a link has a carrier. It would do so
+// by itself, but in a background task that may come up to a second late, and
+// until then the link drops what is sent on it: the first packet to a new pod.
+// Asking for the link's state does the work at once.
+func (c *rtnl) settle(name string) error {
+	state := ethtoolValue{cmd: unix.ETHTOOL_GLINK}
+	req := ethtoolRequest{value: &state}
+	copy(req.name[:unix.IFNAMSIZ-1], name)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// Any socket of the namespace will do for an ioctl on a link.
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(c.fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req))); errno != 0 {
+		return fmt.Errorf("settle link %s: %w", name, errno)
+	}
+	if state.data == 0 {
+		return fmt.Errorf("settle link %s: it has no carrier", name)
+	}
+	return nil
+}
+
+// ethtoolRequest is struct ifreq with a pointer to a struct ethtool_value.
+type ethtoolRequest struct {
+	name  [unix.IFNAMSIZ]byte
+	value *ethtoolValue
+	_     [24 - unsafe.Sizeof(uintptr(0))]byte
+}
+
+type ethtoolValue struct{ cmd, data uint32 }
+
 // The requests.
 
 const create = unix.NLM_F_CREATE | unix.NLM_F_EXCL
@@ -316,6 +352,12 @@ func addAddr(index int32, addr netip.Addr) request {
 	return request{what: "add address " + addr.String(), typ: unix.RTM_NEWADDR, flags: replace, body: body}
 }
 
+func delAddr(index int32, addr netip.Addr) request {
+	r := addAddr(index, addr)
+	r.what, r.typ, r.flags, r.ignore = "delete address "+addr.String(), unix.RTM_DELADDR, 0, unix.EADDRNOTAVAIL
+	return r
+}
+
 // addNeighbour says for good which hardware address an IP address has, so that
 // nobody has to ask on the wire and no table of learned neighbours can overflow.
 func addNeighbour(index int32, addr netip.Addr, mac net.HardwareAddr) request {
@@ -387,10 +429,10 @@ func (r route) request(what string, typ, flags uint16) request {
 
 func addRoute(r route) request { return r.request("add", unix.RTM_NEWROUTE, replace) }
 
-func delRoute(dst netip.Prefix) request {
-	r := route{dst: dst}.request("delete", unix.RTM_DELROUTE, 0)
-	r.ignore = unix.ESRCH
-	return r
+func delRoute(r route) request {
+	req := r.request("delete", unix.RTM_DELROUTE, 0)
+	req.ignore = unix.ESRCH
+	return req
 }
 
 // single is the prefix that holds only addr.
