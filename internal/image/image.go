@@ -9,14 +9,11 @@
 package image
 
 import (
-	"context"
-	"io"
 	"log/slog"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"sampan.dev/sampan/internal/layer"
 	"sampan.dev/sampan/internal/registry"
 )
 
@@ -41,26 +38,6 @@ type Config struct {
 	Root      string // directory of image records
 	LayerRoot string // directory of layers
 	Registry  registry.Config
-	Pinned    []string // references; * and ? match as in a shell, also across slashes
+	Pinned    []string // references; * matches anything, slashes included
 	Logger    *slog.Logger
 }
-
-// LoadOptions adjusts Load.
-type LoadOptions struct {
-	// Name is given to the one image of an archive that does not name it.
-	Name string
-}
-
-var _ interface {
-	Pull(ctx context.Context, ref string, auth *Auth) (Image, error)
-	Get(ref string) (Image, error)
-	List() []Image
-	Remove(ctx context.Context, ref string) error
-	Load(ctx context.Context, r io.Reader, o LoadOptions) ([]Image, error)
-	Acquire(id, holder string) (Image, error)
-	Release(holder string)
-	RetainOnly(live func(holder string) bool)
-	FsInfo() (path string, bytes, inodes uint64, err error)
-	Layers() *layer.Store
-	Close(ctx context.Context) error
-} = (*Store)(nil)

@@ -66,7 +66,7 @@ func (s *Store) unpack(ctx context.Context, diffID digest.Digest, open Source) (
 	if got != diffID {
 		return Info{}, fmt.Errorf("its content has the digest %s: %w", got, errdefs.ErrDataLoss)
 	}
-	return s.commit(tree, record{
+	return s.commit(ctx, tree, record{
 		DiffID:     diffID,
 		Bytes:      content.bytes,
 		Inodes:     content.inodes,
@@ -135,10 +135,14 @@ func drain(r io.Reader) error {
 }
 
 // commit moves a finished tree into place and makes it a layer by writing its
-// record.
-func (s *Store) commit(tree string, r record) (Info, error) {
+// record. A layer that nobody waits for any more is not committed: whoever
+// abandoned it may clean up by Remove, and will not come back.
+func (s *Store) commit(ctx context.Context, tree string, r record) (Info, error) {
 	s.placing.Lock()
 	defer s.placing.Unlock()
+	if err := ctx.Err(); err != nil {
+		return Info{}, err
+	}
 	place := s.Path(r.DiffID)
 	if other, err := s.recorded(r.DiffID); err == nil && other != r.DiffID {
 		return Info{}, fmt.Errorf("it would have the same name as layer %s: %w", other, errdefs.ErrAlreadyExists)

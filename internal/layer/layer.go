@@ -135,6 +135,9 @@ func (s *Store) List() []Info {
 	return list
 }
 
+// Root returns the directory that everything is in.
+func (s *Store) Root() string { return s.root }
+
 // Path returns the directory that holds a committed layer's files. Nobody may
 // write there.
 func (s *Store) Path(diffID digest.Digest) string { return s.path("tree", name(diffID)) }

@@ -83,11 +83,16 @@ func (s *Store) mount(m MountSpec) error {
 	return s.mountClassic(m, lower)
 }
 
-// stack returns the layers that can be seen, top first: below one with an opaque
-// root there is nothing to see.
+// stack returns the layers that can be seen, top first. Below one with an opaque
+// root there is nothing to see, and a layer that comes twice hides itself.
 func (s *Store) stack(ids []digest.Digest) ([]record, error) {
 	var stack []record
+	seen := make(map[digest.Digest]bool, len(ids))
 	for _, id := range slices.Backward(ids) {
+		if seen[id] {
+			continue
+		}
+		seen[id] = true
 		r, err := s.get(id)
 		if err != nil {
 			return nil, err
