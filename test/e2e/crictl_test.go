@@ -73,7 +73,7 @@ func (c crictl) write(name string, v any) string {
 
 type object = map[string]any
 
-type status struct {
+type inspection struct {
 	Status struct {
 		State     string
 		Network   struct{ IP string }
@@ -137,7 +137,7 @@ func TestCrictl(t *testing.T) {
 	if again := pod; again != pod {
 		t.Errorf("runp, a second time: %s, want the same pod %s", again, pod)
 	}
-	var inspectp status
+	var inspectp inspection
 	c.parse(&inspectp, "inspectp", pod)
 	ip := inspectp.Status.Network.IP
 	if inspectp.Status.State != "SANDBOX_READY" || !strings.HasPrefix(ip, "10.88.") {
@@ -174,7 +174,7 @@ func TestCrictl(t *testing.T) {
 	c.fails("exited with 7", "exec", "-s", id, "sh", "-c", "exit 7")
 
 	c.run("update", "--memory", fmt.Sprint(96<<20), "--cpu-share", "512", id)
-	var inspect status
+	var inspect inspection
 	c.parse(&inspect, "inspect", id)
 	r := inspect.Status.Resources.Linux
 	if inspect.Status.State != "CONTAINER_RUNNING" || r.MemoryLimitInBytes != fmt.Sprint(96<<20) {
@@ -282,7 +282,7 @@ func (c crictl) runOnce() {
 		"log_path": "once.log",
 	})
 	id := c.run("run", "--with-pull", container, pod)
-	var s status
+	var s inspection
 	for end := time.Now().Add(10 * time.Second); s.Status.State != "CONTAINER_EXITED" && time.Now().Before(end); {
 		c.parse(&s, "inspect", id)
 	}

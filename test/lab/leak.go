@@ -285,7 +285,29 @@ func (l *Lab) await(before snapshot, expected *regexp.Regexp, limit time.Duratio
 // is gone. Pods and images must be removed before.
 func (l *Lab) CheckClean(t testing.TB) {
 	t.Helper()
-	if err := l.await(l.ready, standing, 15*time.Second); err != nil {
+	l.check(t, l.ready)
+}
+
+// Mark is what there is at some moment of a test.
+type Mark struct{ snapshot snapshot }
+
+// Mark remembers what there is now, for CheckSince.
+func (l *Lab) Mark(t testing.TB) Mark {
+	t.Helper()
+	s, err := l.snapshot()
+	must(t, err)
+	return Mark{s}
+}
+
+// CheckSince fails the test unless all that was made since the mark is gone.
+func (l *Lab) CheckSince(t testing.TB, m Mark) {
+	t.Helper()
+	l.check(t, m.snapshot)
+}
+
+func (l *Lab) check(t testing.TB, before snapshot) {
+	t.Helper()
+	if err := l.await(before, standing, 15*time.Second); err != nil {
 		t.Error(err)
 	}
 }
