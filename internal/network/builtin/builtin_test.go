@@ -111,12 +111,16 @@ func TestUnknownAddressIsUnreachable(t *testing.T) {
 	lab.IP(t, lab.Host, "route add default via 192.0.2.2")
 	pod := lab.NewPod(t)
 	networktest.Attach(t, n, pod)
-	for _, ns := range []string{lab.Host, pod.NetNS} {
-		for _, addr := range []string{"10.88.99.99:80", "[fd00:88::9999]:80"} {
-			_, err := lab.Ask(ns, "tcp", addr)
-			if !errors.Is(err, unix.EHOSTUNREACH) && !errors.Is(err, unix.ENETUNREACH) {
-				t.Errorf("%s: got %v, want unreachable", addr, err)
-			}
+	for _, from := range []struct{ ns, addr string }{
+		{lab.Host, "10.88.99.99:80"},
+		{lab.Host, "[fd00:88::9999]:80"},
+		{pod.NetNS, "10.88.99.99:80"},
+		// Not IPv6 from the pod: it is told so too, but newer kernels go on
+		// trying to connect regardless.
+	} {
+		_, err := lab.Ask(from.ns, "tcp", from.addr)
+		if !errors.Is(err, unix.EHOSTUNREACH) && !errors.Is(err, unix.ENETUNREACH) {
+			t.Errorf("%s: got %v, want unreachable", from.addr, err)
 		}
 	}
 }

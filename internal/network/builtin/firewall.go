@@ -304,8 +304,8 @@ func (f *firewall) addGuard() {
 	fromPod := f.ifname(expr.MetaKeyIIFNAME)
 	f.rule(guard, fromPod, isVersion(versions[0]), loopbackNet(versions[0].daddr), verdict(expr.VerdictDrop, ""))
 	f.rule(guard, fromPod, []expr.Any{
-		&expr.Fib{Register: reg, FlagSADDR: true, FlagIIF: true, ResultOIF: true},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: make([]byte, 4)},
+		&expr.Fib{Register: reg, FlagSADDR: true, FlagIIF: true, FlagPRESENT: true, ResultOIF: true},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: []byte{0}},
 	}, verdict(expr.VerdictDrop, ""))
 }
 
