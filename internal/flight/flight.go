@@ -2,18 +2,23 @@
 // the first one starts it, the others wait for its result.
 //
 // The work belongs to nobody in particular. It does not end when the caller who
-// started it goes away, but when the last one who waits for it does. The
-// package knows nothing of what the work is.
+// started it goes away, but when the last one who waits for it does, or, with a
+// Limit, not even then. The package knows nothing of what the work is.
 package flight
 
 import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 )
 
 // Group joins work by key. The zero Group is ready for use.
 type Group[K comparable, V any] struct {
+	// Limit, if positive, lets work go on when nobody waits for it any more, so
+	// that a later caller finds it under way, and bounds how long it may take.
+	Limit time.Duration
+
 	mu    sync.Mutex
 	calls map[K]*call[V]
 }
@@ -53,7 +58,7 @@ func (g *Group[K, V]) join(ctx context.Context, key K, work func(context.Context
 		c.waiters++
 		return c
 	}
-	workCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	workCtx, cancel := g.workContext(ctx)
 	c := &call[V]{cancel: cancel, done: make(chan struct{}), waiters: 1}
 	if g.calls == nil {
 		g.calls = make(map[K]*call[V])
@@ -77,11 +82,12 @@ func (g *Group[K, V]) run(ctx context.Context, key K, c *call[V], work func(cont
 	c.value, c.err = work(ctx)
 }
 
-// leave counts a caller out; the last one to go abandons the work.
+// leave counts a caller out; the last one to go abandons the work, unless it
+// may go on.
 func (g *Group[K, V]) leave(key K, c *call[V]) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if c.waiters--; c.waiters == 0 {
+	if c.waiters--; c.waiters == 0 && g.Limit == 0 {
 		g.forget(key, c)
 		c.cancel()
 	}
@@ -93,4 +99,11 @@ func (g *Group[K, V]) forget(key K, c *call[V]) {
 	if g.calls[key] == c {
 		delete(g.calls, key)
 	}
+}
+
+func (g *Group[K, V]) workContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	if g.Limit > 0 {
+		return context.WithTimeout(context.WithoutCancel(ctx), g.Limit)
+	}
+	return context.WithCancel(context.WithoutCancel(ctx))
 }

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 func TestJoin(t *testing.T) {
@@ -108,4 +109,27 @@ func TestPanic(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "boom") {
 		t.Errorf("err = %v, want the panic", err)
 	}
+}
+
+// With a Limit the work outlives everybody who waits, but not the limit.
+func TestLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := Group[string, int]{Limit: time.Minute}
+		work := func(ctx context.Context) (int, error) {
+			<-ctx.Done()
+			return 0, ctx.Err()
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := g.Do(ctx, "k", work); !errors.Is(err, context.Canceled) {
+			t.Fatalf("the caller who leaves gets %v", err)
+		}
+		begin := time.Now()
+		if _, err := g.Do(t.Context(), "k", nil); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("the caller who joins gets %v", err)
+		}
+		if took := time.Since(begin); took != time.Minute {
+			t.Errorf("the work ended after %v", took)
+		}
+	})
 }

@@ -26,11 +26,14 @@ var bootID = sync.OnceValue(func() string {
 	return strings.TrimSpace(string(data))
 })
 
-// WriteSysctl sets the sysctl called name (dots or slashes) to value, as seen
-// by the calling thread's namespaces.
+// WriteSysctl sets a sysctl, named by its path below /proc/sys or, without any
+// slash, with dots between its parts, as seen by the calling thread's namespaces.
 func WriteSysctl(name, value string) error {
-	path := "/proc/sys/" + strings.ReplaceAll(name, ".", "/")
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	path := name
+	if !strings.Contains(name, "/") {
+		path = strings.ReplaceAll(name, ".", "/")
+	}
+	f, err := os.OpenFile("/proc/sys/"+path, os.O_WRONLY, 0)
 	if err != nil {
 		return fmt.Errorf("set sysctl %s: %w", name, err)
 	}
