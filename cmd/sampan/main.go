@@ -63,6 +63,6 @@ func newCommand() *cobra.Command {
 		}
 	}
 	add("pods", newRunCommand(), newPodCommand(), newLogsCommand(), newExecCommand(), newImageCommand())
-	add("daemon", newServeCommand(), newStatusCommand(), newConfigCommand(), newVersionCommand())
+	add("daemon", newServeCommand(), newStatusCommand(), newConfigCommand(), newResetCommand(), newVersionCommand())
 	return root
 }

@@ -1,0 +1,51 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"sampan.dev/sampan/internal/config"
+	"sampan.dev/sampan/internal/reset"
+)
+
+func newResetCommand() *cobra.Command {
+	var file, root, state string
+	var yes bool
+	cmd := &cobra.Command{
+		Use:   "reset --yes",
+		Short: "Remove everything a stopped daemon has left: pods, images, network, records",
+		Long: `Remove everything a stopped daemon has left on this host: it ends all keepers
+and containers and removes their mounts, namespaces, cgroups and network, all
+images and all records. With CNI plugins, remove the pods first while the daemon
+runs (sampan pod rm --all), for only then do the plugins hear of it.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := config.Load(file)
+			if err != nil {
+				return err
+			}
+			c.Root, c.State = cmp.Or(root, c.Root), cmp.Or(state, c.State)
+			if err := c.Validate(); err != nil {
+				return err
+			}
+			if !yes {
+				return fmt.Errorf("reset: would remove all pods and images, %s and %s; say --yes if you mean it", c.Root, c.State)
+			}
+			if conn, err := net.DialTimeout("unix", c.SocketPath(), time.Second); err == nil {
+				conn.Close()
+				return errors.New("reset: a daemon serves " + c.Listen + "; stop it first")
+			}
+			return reset.All(cmd.Context(), reset.Target{Root: c.Root, State: c.State, Link: "sampan0", NetNS: "/run/netns", Cgroups: "sampan"})
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", "", "configuration file of the daemon")
+	cmd.Flags().StringVar(&root, "root", "", "the daemon's root")
+	cmd.Flags().StringVar(&state, "state", "", "the daemon's state")
+	cmd.Flags().BoolVar(&yes, "yes", false, "do it")
+	return cmd
+}

@@ -1,0 +1,265 @@
+// Package reset removes everything that Sampan has made on a host, with no
+// daemon running and whatever state things are in. It knows where the other
+// packages put what they make, by name only, and must not need any of their
+// records: those may be what is broken.
+package reset
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/internal/host"
+)
+
+// Target says what was made where.
+type Target struct {
+	Root    string // the daemon's ROOT
+	State   string // the daemon's STATE
+	Link    string // of the built-in network: LINK and LINK-* are links, LINK a table
+	NetNS   string // directory with pins of network namespaces, called sampan-*
+	Cgroups string // start of the names of cgroups at the top of each hierarchy
+}
+
+// All removes everything, going on after an error. What is absent is no error,
+// so it can be called again. The kubelet's files and what CNI plugins keep for
+// themselves are not touched.
+func All(ctx context.Context, t Target) error {
+	if err := killAll(ctx, t); err != nil {
+		return err // as long as they live, they make things anew
+	}
+	failed := []error{
+		removeNetNS(t.NetNS),
+		unmountBelow(t.State),
+		unmountBelow(t.Root),
+		removeLinks(t.Link),
+		removeTable(t.Link),
+		removeCgroups(t.Cgroups),
+	}
+	for _, dir := range []string{t.State, t.Root} {
+		failed = append(failed, removeTree(dir))
+	}
+	return errors.Join(failed...)
+}
+
+// killAll ends the keepers and whatever runs in containers. Keepers start each
+// other anew and containers fork, so all are stopped before the first is killed.
+func killAll(ctx context.Context, t Target) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	for {
+		processes, err := owned(t)
+		if err != nil {
+			return err
+		}
+		if len(processes) == 0 {
+			return nil
+		}
+		for _, signal := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} {
+			for _, p := range processes {
+				if err := kill(p, signal); err != nil {
+					return err
+				}
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("kill: %d processes do not end: %w", len(processes), ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+func kill(p host.Process, signal unix.Signal) error {
+	fd, err := p.Open()
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer fd.Close()
+	if err := fd.Signal(signal); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("kill process %d: %w", p.Pid, err)
+	}
+	return nil
+}
+
+// owned finds the processes that are ours: their program is in ROOT/bin, or
+// their root file system has its writable layer in ROOT.
+func owned(t Target) ([]host.Process, error) {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return nil, err
+	}
+	var processes []host.Process
+	for _, dir := range dirs {
+		exe, _ := os.Readlink(filepath.Join(dir, "exe"))
+		mounts, _ := os.ReadFile(filepath.Join(dir, "mountinfo"))
+		if !strings.HasPrefix(exe, filepath.Join(t.Root, "bin")+"/") && !rootIsIn(t.Root, string(mounts)) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		p, err := host.Identify(pid)
+		if errdefs.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		processes = append(processes, p)
+	}
+	return processes, nil
+}
+
+// rootIsIn reads a process' mountinfo: is "/" an overlay of something in dir?
+func rootIsIn(dir, mountinfo string) bool {
+	for line := range strings.Lines(mountinfo) {
+		fields := strings.Fields(line)
+		if len(fields) < 5 || fields[4] != "/" {
+			continue
+		}
+		options := fields[len(fields)-1] // upperdir=DIR,lowerdir=DIR:DIR,...
+		if strings.Contains(options, "="+dir+"/") || strings.Contains(options, ":"+dir+"/") {
+			return true
+		}
+	}
+	return false
+}
+
+func removeNetNS(dir string) error {
+	pins, err := filepath.Glob(filepath.Join(dir, "sampan-*"))
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for _, pin := range pins {
+		failed = append(failed, host.Unpin(pin))
+	}
+	return errors.Join(failed...)
+}
+
+func removeLinks(name string) error {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("list links: %w", err)
+	}
+	var failed []error
+	for _, link := range links {
+		if n := link.Attrs().Name; n != name && !strings.HasPrefix(n, name+"-") {
+			continue
+		}
+		if err := netlink.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
+			failed = append(failed, fmt.Errorf("delete link %s: %w", link.Attrs().Name, err))
+		}
+	}
+	return errors.Join(failed...)
+}
+
+func removeTable(name string) error {
+	conn, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
+		return nil // a kernel without nftables has no table of ours
+	}
+	if err != nil {
+		return fmt.Errorf("list nftables: %w", err)
+	}
+	for _, table := range tables {
+		if table.Name == name {
+			conn.DelTable(table)
+		}
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("delete nftables table %s: %w", name, err)
+	}
+	return nil
+}
+
+// removeCgroups removes the cgroups whose names start with prefix at the top of
+// every hierarchy. Their processes are dead, so they are empty.
+func removeCgroups(prefix string) error {
+	var failed []error
+	for _, hierarchy := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/*"} {
+		dirs, err := filepath.Glob(filepath.Join(hierarchy, prefix+"*"))
+		if err != nil {
+			return err
+		}
+		for _, dir := range dirs {
+			failed = append(failed, removeCgroup(dir))
+		}
+	}
+	return errors.Join(failed...)
+}
+
+func removeCgroup(dir string) error {
+	var dirs []string
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			dirs = append(dirs, path)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	})
+	for _, d := range slices.Backward(dirs) {
+		if rm := unix.Rmdir(d); rm != nil && !errors.Is(rm, unix.ENOENT) {
+			return fmt.Errorf("remove cgroup %s: %w", d, rm)
+		}
+	}
+	return err
+}
+
+// unmountBelow unmounts what is mounted below dir, not on it: the directory
+// itself may be a disk of its own.
+func unmountBelow(dir string) error {
+	points, err := pointsBelow(dir)
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for _, point := range points {
+		failed = append(failed, host.Unmount(point))
+	}
+	return errors.Join(failed...)
+}
+
+func pointsBelow(dir string) ([]string, error) {
+	points, err := host.MountPoints(dir)
+	return slices.DeleteFunc(points, func(p string) bool { return p == dir }), err
+}
+
+// removeTree removes a directory of ours, but nothing that is mounted in it. Of
+// one that is a disk of its own it leaves the mount point.
+func removeTree(dir string) error {
+	points, err := pointsBelow(dir)
+	if err != nil {
+		return err
+	}
+	if len(points) > 0 {
+		return fmt.Errorf("remove %s: %s is still mounted: %w", dir, strings.Join(points, ", "), errdefs.ErrFailedPrecondition)
+	}
+	if err := os.RemoveAll(dir); err != nil && !errors.Is(err, unix.EBUSY) {
+		return fmt.Errorf("remove %s: %w", dir, err)
+	}
+	return nil
+}
