@@ -46,27 +46,24 @@ func TestAll(t *testing.T) {
 	must(t, unix.Mount("overlay", mountPoint, "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, upper, work)))
 	must(t, os.Mkdir(filepath.Join(mountPoint, "data"), 0o755))
 	must(t, unix.Mount(volume, filepath.Join(mountPoint, "data"), "", unix.MS_BIND, ""))
-	keeper := exec.Command(busy)
-	must(t, keeper.Start())
+	keeper, other := exec.Command(busy), exec.Command("sleep", "60")
 	container := exec.Command("unshare", "--mount", "sh", "-c", "mount --make-rprivate / && cd "+mountPoint+
 		" && mkdir -p old proc && pivot_root . old && exec /bin/app")
-	must(t, container.Start())
+	for _, c := range []*exec.Cmd{keeper, container, other} {
+		must(t, c.Start())
+		t.Cleanup(func() {
+			if c.ProcessState == nil {
+				c.Process.Kill()
+				c.Wait()
+			}
+		})
+	}
 	for range 500 { // until it has its root
 		if mounts, _ := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", container.Process.Pid)); rootIsIn(target.Root, string(mounts)) {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	other := exec.Command("sleep", "60")
-	must(t, other.Start())
-	t.Cleanup(func() {
-		for _, c := range []*exec.Cmd{keeper, container, other} {
-			if c.ProcessState == nil {
-				c.Process.Kill()
-				c.Wait()
-			}
-		}
-	})
 	cgroups, _ := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
 	if len(cgroups) > 0 {
 		must(t, os.MkdirAll(filepath.Join(filepath.Dir(cgroups[0]), target.Cgroups+"a", "b"), 0o755))
