@@ -74,6 +74,7 @@ func TestRuntimes(t *testing.T) {
 				{"Ambient", testAmbient},
 				{"Mounts", testMounts},
 				{"Devices", testDevices},
+				{"Init", testInit},
 			} {
 				t.Run(tt.name, func(t *testing.T) { tt.run(t, l) })
 			}
@@ -477,6 +478,21 @@ func testDevices(t *testing.T, l *lab) {
 	equal(t, "writing the device", r.Writes["/dev/full-rw"], "ok")
 	equal(t, "reading the device", r.Reads["/dev/full-rw"], strings.Repeat("\x00", 64))
 	contains(t, "a device of the host", r.Reads["/dev/kmsg"], "no such file")
+}
+
+func testInit(t *testing.T, l *lab) {
+	in := l.input(t)
+	s, err := BuildInit(in, "/inspect")
+	must(t, err)
+	r, err := l.runSpec(t, s)
+	must(t, err)
+	equal(t, "pid", r.Pid, 1)
+	equal(t, "uid", r.UID, nobody)
+	equal(t, "groups", fmt.Sprint(r.Groups), fmt.Sprint([]int{nobody}))
+	equal(t, "CapBnd", r.Status["CapBnd"], capMask(nil))
+	equal(t, "NoNewPrivs", r.Status["NoNewPrivs"], "1")
+	equal(t, "net namespace", r.Namespaces["net"], namespaceAt(t, "net", l.spaces.Net))
+	contains(t, "the root", r.Mounts["/"], "ro")
 }
 
 // peerGroup returns the peer group of the shared mount on path, as ":42".

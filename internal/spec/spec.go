@@ -116,18 +116,27 @@ func Build(in Input) (*specs.Spec, error) {
 	return s, nil
 }
 
-// annotations tell sandboxing runtimes (Kata, gVisor) and hooks what a
-// container is. The annotations of the pod are not among them: an OCI runtime
-// may obey them, and they are whatever the pod's author wrote.
+// annotationPrefix is that of the annotations by which containerd tells
+// sandboxing runtimes (Kata, gVisor) and hooks what a container is.
+const annotationPrefix = "io.kubernetes.cri."
+
+// annotations name the container and its pod. The annotations of the pod are
+// not among them: an OCI runtime may obey them, and they are whatever the
+// pod's author wrote.
 func annotations(in Input) map[string]string {
-	const prefix = "io.kubernetes.cri."
+	a := sandboxAnnotations(in)
+	a[annotationPrefix+"container-type"] = "container"
+	a[annotationPrefix+"container-name"] = in.Container.GetMetadata().GetName()
+	a[annotationPrefix+"image-name"] = in.Container.GetImage().GetImage()
+	return a
+}
+
+func sandboxAnnotations(in Input) map[string]string {
 	return map[string]string{
-		prefix + "container-type":    "container",
-		prefix + "container-name":    in.Container.GetMetadata().GetName(),
-		prefix + "image-name":        in.Container.GetImage().GetImage(),
-		prefix + "sandbox-id":        in.PodID,
-		prefix + "sandbox-name":      in.Pod.GetMetadata().GetName(),
-		prefix + "sandbox-namespace": in.Pod.GetMetadata().GetNamespace(),
-		prefix + "sandbox-uid":       in.Pod.GetMetadata().GetUid(),
+		annotationPrefix + "container-type":    "sandbox",
+		annotationPrefix + "sandbox-id":        in.PodID,
+		annotationPrefix + "sandbox-name":      in.Pod.GetMetadata().GetName(),
+		annotationPrefix + "sandbox-namespace": in.Pod.GetMetadata().GetNamespace(),
+		annotationPrefix + "sandbox-uid":       in.Pod.GetMetadata().GetUid(),
 	}
 }
