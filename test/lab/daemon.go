@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +32,8 @@ type Lab struct {
 	Socket   string
 	Registry string // URL of the registry that stands in for every other
 	Hosts    string // the directory of the hosts.toml files
+
+	Foreign *regexp.Regexp // what the test's own programs leave, see snapshot
 
 	Runtime runtimeapi.RuntimeServiceClient
 	Images  runtimeapi.ImageServiceClient

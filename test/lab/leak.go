@@ -171,6 +171,8 @@ var standing = regexp.MustCompile(`^process \d+ \S*sampan-keeper|^file .*/(keepe
 // bridge and the tables, which the pods of a stopped daemon would still need.
 var remaining = regexp.MustCompile(`^file |^link sampan0$|^nft `)
 
+var nothing = regexp.MustCompile(`^$`)
+
 // tearDown removes what the test left, stops the daemon and fails the test if
 // anything of the daemon's stays.
 func (l *Lab) tearDown(t testing.TB) {
@@ -185,16 +187,27 @@ func (l *Lab) tearDown(t testing.TB) {
 			l.CheckClean(t)
 		}
 		l.Stop(t)
+		if err := l.await(l.fresh, remaining, 30*time.Second); err != nil {
+			t.Errorf("with the daemon stopped, %v", err)
+		}
 	}
-	if err := l.await(l.fresh, remaining, 30*time.Second); err != nil {
-		t.Errorf("with the daemon stopped, %v", err)
+	if err := l.reset(); err != nil {
+		t.Error(err)
+	} else if err := l.await(l.fresh, nothing, 10*time.Second); err != nil {
+		t.Errorf("after sampan reset, %v", err)
 	}
 	if err := l.sweep(); err != nil {
 		t.Errorf("make room for the next test: %v", err)
 	}
-	if !t.Failed() {
-		must(t, os.RemoveAll(l.Root))
+}
+
+// reset lets the product remove what it left on purpose.
+func (l *Lab) reset() error {
+	out, err := exec.Command(os.Getenv(Binary), "reset", "--yes", "--config", l.config).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("sampan reset: %w\n%s", err, out)
 	}
+	return nil
 }
 
 // sweep makes the lab as it was before the daemon first ran, so that the next
@@ -272,6 +285,9 @@ func (l *Lab) await(before snapshot, expected *regexp.Regexp, limit time.Duratio
 			return err
 		}
 		left := now.since(before, expected)
+		if l.Foreign != nil {
+			left = slices.DeleteFunc(left, l.Foreign.MatchString)
+		}
 		if len(left) == 0 {
 			return nil
 		}
