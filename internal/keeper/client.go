@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -19,16 +20,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sampan.dev/sampan/internal/keeper/api"
+	"sampan.dev/sampan/internal/keeper/link"
 )
 
 var errInvalid = errdefs.ErrInvalidArgument
-
-// The files in a keeper's directory that both sides know.
-const (
-	SocketName     = "sock"      // ttrpc
-	ExecSocketName = "exec.sock" // one connection for each exec
-	LogName        = "log"       // what the keeper has to say, as text
-)
 
 const (
 	// A call is made again when the connection broke under it: the keeper's
@@ -316,7 +311,7 @@ func (c *Client) connect(ctx context.Context) (*ttrpc.Client, error) {
 	if conn, err := c.current(); conn != nil || err != nil {
 		return conn, err
 	}
-	conn, err := c.dial(ctx, SocketName)
+	conn, err := c.dial(ctx, link.SocketName)
 	if err != nil {
 		return nil, err
 	}
@@ -346,11 +341,10 @@ func (c *Client) dial(ctx context.Context, name string) (*net.UnixConn, error) {
 	if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT) || c.cfg.Binary == "" {
 		return nil, fmt.Errorf("connect to keeper: %w: %w", err, errdefs.ErrUnavailable)
 	}
-	if err := start(ctx, c.cfg); err != nil {
-		return nil, fmt.Errorf("start keeper: %w", err)
-	}
+	startErr := start(ctx, c.cfg)
+	// Somebody else may have started it.
 	if conn, err = dialUnix(ctx, c.cfg.Dir, name); err != nil {
-		return nil, fmt.Errorf("connect to keeper: %w: %w", err, errdefs.ErrUnavailable)
+		return nil, fmt.Errorf("start keeper: %w: %w", cmp.Or(startErr, err), errdefs.ErrUnavailable)
 	}
 	return conn, nil
 }

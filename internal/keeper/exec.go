@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"sampan.dev/sampan/internal/keeper/api"
+	"sampan.dev/sampan/internal/keeper/link"
 )
 
 // Exec runs a further process in a container and waits for its end, but not for
@@ -30,7 +31,7 @@ func (c *Client) exec(ctx context.Context, r ExecRequest) (ExecResult, error) {
 	if len(r.Args) == 0 {
 		return ExecResult{}, fmt.Errorf("no arguments: %w", errInvalid)
 	}
-	conn, err := c.dial(ctx, ExecSocketName)
+	conn, err := c.dial(ctx, link.ExecSocketName)
 	if err != nil {
 		return ExecResult{}, err
 	}

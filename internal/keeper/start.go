@@ -12,7 +12,8 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/internal/keeper/link"
 )
 
 // startTimeout bounds how long a keeper may take until it answers.
@@ -29,7 +30,7 @@ func start(ctx context.Context, cfg Config) error {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return err
 	}
-	log, err := openLog(filepath.Join(cfg.Dir, LogName))
+	log, err := openLog(filepath.Join(cfg.Dir, link.LogName))
 	if err != nil {
 		return err
 	}
@@ -41,7 +42,7 @@ func start(ctx context.Context, cfg Config) error {
 	defer ready.Close()
 	defer readyw.Close()
 
-	cmd := exec.Command(cfg.Binary, SupervisorArgs(cfg.Dir, cfg.Cgroup)...)
+	cmd := exec.Command(cfg.Binary, link.SupervisorArgs(cfg.Dir, cfg.Cgroup)...)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
@@ -57,23 +58,14 @@ func start(ctx context.Context, cfg Config) error {
 	defer stop()
 	answer, err := io.ReadAll(io.LimitReader(ready, 16))
 	if err != nil {
-		unix.Kill(cmd.Process.Pid, unix.SIGTERM)
+		// It may answer later, and be found then.
 		return fmt.Errorf("no answer: %w: %w", errors.Join(err, context.Cause(ctx)), errdefs.ErrUnavailable)
 	}
-	if string(answer) != ReadyAnswer {
+	if string(answer) != link.ReadyAnswer {
 		return fmt.Errorf("it exited, see %s: %w", log.Name(), errdefs.ErrUnavailable)
 	}
 	return nil
 }
-
-// SupervisorArgs are the arguments that make the keeper's binary a supervisor.
-// Descriptor 3 is where it writes ReadyAnswer when it serves.
-func SupervisorArgs(dir, cgroup string) []string {
-	return []string{"supervisor", "--dir", dir, "--cgroup", cgroup}
-}
-
-// ReadyAnswer is what a keeper writes when it serves.
-const ReadyAnswer = "ready"
 
 func openLog(path string) (*os.File, error) {
 	if info, err := os.Stat(path); err == nil && info.Size() > maxLog {

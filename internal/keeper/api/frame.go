@@ -28,15 +28,15 @@ func SendFrame(conn *net.UnixConn, m proto.Message, files ...*os.File) error {
 		return fmt.Errorf("send frame of %d bytes: %w", len(frame)-4, unix.EMSGSIZE)
 	}
 	binary.BigEndian.PutUint32(frame, uint32(len(frame)-4))
-	var rights []byte
-	if len(files) > 0 {
-		fds := make([]int, len(files))
-		for i, f := range files {
-			fds[i] = int(f.Fd())
+	var n int
+	err = withFDs(files, nil, func(fds []int) error {
+		var rights []byte
+		if len(fds) > 0 {
+			rights = unix.UnixRights(fds...)
 		}
-		rights = unix.UnixRights(fds...)
-	}
-	n, _, err := conn.WriteMsgUnix(frame, rights, nil)
+		n, _, err = conn.WriteMsgUnix(frame, rights, nil)
+		return err
+	})
 	if err == nil && n < len(frame) {
 		_, err = conn.Write(frame[n:])
 	}
@@ -44,6 +44,21 @@ func SendFrame(conn *net.UnixConn, m proto.Message, files ...*os.File) error {
 		return fmt.Errorf("send frame: %w", err)
 	}
 	return nil
+}
+
+// withFDs calls fn with the descriptors of files appended to fds. The files
+// cannot be closed meanwhile, and their mode does not change, as Fd would do.
+func withFDs(files []*os.File, fds []int, fn func([]int) error) error {
+	if len(files) == 0 {
+		return fn(fds)
+	}
+	conn, err := files[0].SyscallConn()
+	if err != nil {
+		return err
+	}
+	var ferr error
+	err = conn.Control(func(fd uintptr) { ferr = withFDs(files[1:], append(fds, int(fd)), fn) })
+	return errors.Join(err, ferr)
 }
 
 // RecvFrame reads one message of an exec connection into m, and returns the

@@ -1,0 +1,21 @@
+package link
+
+// The files in a keeper's directory that the daemon knows.
+const (
+	SocketName     = "sock"      // ttrpc
+	ExecSocketName = "exec.sock" // one connection for each exec
+	LogName        = "log"       // what the keeper has to say, as text
+)
+
+// ReadyAnswer is what a keeper writes, to the descriptor it was started with,
+// when it serves.
+const ReadyAnswer = "ready"
+
+// ReadyFD is that descriptor.
+const ReadyFD = 3
+
+// SupervisorArgs are the arguments that make the keeper's binary a supervisor
+// that tells when it serves.
+func SupervisorArgs(dir, cgroup string) []string {
+	return []string{"supervisor", "--dir", dir, "--cgroup", cgroup, "--ready", "3"}
+}

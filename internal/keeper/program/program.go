@@ -1,0 +1,62 @@
+// Package program is the keeper as a program: it reads the arguments and becomes
+// the supervisor or the worker. Which OCI runtimes there are is the caller's.
+package program
+
+import (
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime/debug"
+	"time"
+
+	"sampan.dev/sampan/internal/keeper"
+	"sampan.dev/sampan/internal/keeper/supervisor"
+	"sampan.dev/sampan/internal/keeper/worker"
+	"sampan.dev/sampan/internal/ociruntime"
+)
+
+// idleTimeout is how long a keeper stays that has no container and no client.
+const idleTimeout = 5 * time.Second
+
+// Supervisors and workers keep little; they trade some speed of collection for it.
+const (
+	supervisorGC = 20
+	workerGC     = 50
+)
+
+// Main runs the program with the arguments behind its name, and returns its exit
+// code.
+func Main(args []string, runtimes func(keeper.Handler) (ociruntime.Runtime, error)) int {
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	if len(args) == 0 {
+		fmt.Fprintln(os.Stderr, "sampan-keeper is started by sampan serve")
+		return 2
+	}
+	flags := flag.NewFlagSet("sampan-keeper "+args[0], flag.ContinueOnError)
+	dir := flags.String("dir", "", "the keeper's `directory`")
+	cgroup := flags.String("cgroup", "", "the keeper's own `cgroup`")
+	ready := flags.Int("ready", -1, "the `descriptor` to answer on")
+	handover := flags.Int("handover", -1, "the `descriptor` of what a worker hands over")
+	if err := flags.Parse(args[1:]); err != nil {
+		return 2
+	}
+	var err error
+	switch {
+	case *dir == "":
+		err = fmt.Errorf("no --dir")
+	case args[0] == "supervisor":
+		debug.SetGCPercent(supervisorGC)
+		err = supervisor.Run(supervisor.Config{Dir: *dir, Cgroup: *cgroup, Ready: *ready, Handover: *handover, Log: log})
+	case args[0] == "worker":
+		debug.SetGCPercent(workerGC)
+		err = worker.Run(worker.Config{Dir: *dir, Cgroup: *cgroup, Runtime: runtimes, IdleTimeout: idleTimeout, Log: log})
+	default:
+		err = fmt.Errorf("neither supervisor nor worker: %q", args[0])
+	}
+	if err != nil {
+		log.Error(args[0]+" ends", "pid", os.Getpid(), "err", err)
+		return 1
+	}
+	return 0
+}

@@ -1,0 +1,166 @@
+package worker
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"regexp"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/keeper"
+	"sampan.dev/sampan/internal/keeper/api"
+)
+
+// service answers the daemon's calls. What a call has begun goes on when its
+// caller is gone: another call joins it.
+type service struct{ w *worker }
+
+func (s *service) Info(context.Context, *api.InfoRequest) (*api.InfoResponse, error) {
+	self, err := host.Identify(os.Getpid())
+	if err != nil {
+		return nil, err
+	}
+	parent, err := host.Identify(os.Getppid())
+	if err != nil {
+		return nil, err
+	}
+	return &api.InfoResponse{Supervisor: toAPIProcess(parent), Worker: toAPIProcess(self)}, nil
+}
+
+// idPattern is what an id may look like: it is the name of a directory.
+var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
+
+func (s *service) Create(ctx context.Context, r *api.CreateRequest) (*api.CreateResponse, error) {
+	if !idPattern.MatchString(r.Id) {
+		return nil, fmt.Errorf("container id %q: %w", r.Id, errdefs.ErrInvalidArgument)
+	}
+	w := s.w
+	w.mu.Lock()
+	if _, ok := w.containers[r.Id]; !ok {
+		c := w.newContainer(r.Id)
+		w.containers[r.Id] = c
+		go c.create(keeper.CreateRequest{
+			ID: r.Id, PodID: r.PodId, Bundle: r.Bundle, LogPath: r.LogPath, ExitRecord: r.ExitRecord,
+			Terminal: r.Terminal, Stdin: r.Stdin, StdinOnce: r.StdinOnce,
+			Handler: keeper.Handler{
+				Kind: keeper.HandlerKind(r.GetHandler().GetKind()), Path: r.GetHandler().GetPath(), SystemdCgroup: r.GetHandler().GetSystemdCgroup(),
+			},
+		})
+	}
+	w.mu.Unlock()
+	c, err := w.container(ctx, r.Id)
+	if err != nil {
+		return nil, err
+	}
+	return &api.CreateResponse{Process: toAPIProcess(c.process)}, nil
+}
+
+func (s *service) Start(ctx context.Context, r *api.StartRequest) (*api.StartResponse, error) {
+	c, err := s.w.container(ctx, r.Id)
+	if err != nil {
+		return nil, err
+	}
+	at, err := c.start(context.WithoutCancel(ctx))
+	if err != nil {
+		return nil, err
+	}
+	return &api.StartResponse{StartedAt: nanos(at)}, nil
+}
+
+func (s *service) Signal(ctx context.Context, r *api.SignalRequest) (*api.Empty, error) {
+	c, err := s.w.container(ctx, r.Id)
+	if err != nil {
+		return nil, err
+	}
+	return &api.Empty{}, c.signal(ctx, unix.Signal(r.Signal), r.All)
+}
+
+func (s *service) Update(ctx context.Context, r *api.UpdateRequest) (*api.Empty, error) {
+	c, err := s.w.container(ctx, r.Id)
+	if err != nil {
+		return nil, err
+	}
+	var resources specs.LinuxResources
+	if err := json.Unmarshal(r.Resources, &resources); err != nil {
+		return nil, fmt.Errorf("decode resources: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return &api.Empty{}, c.rt.Update(context.WithoutCancel(ctx), c.name(), &resources)
+}
+
+func (s *service) ReopenLog(ctx context.Context, r *api.ReopenLogRequest) (*api.Empty, error) {
+	c, err := s.w.container(ctx, r.Id)
+	if err != nil {
+		return nil, err
+	}
+	if c.state() == keeper.Exited {
+		return nil, errExited
+	}
+	return &api.Empty{}, c.output.Reopen()
+}
+
+func (s *service) Delete(ctx context.Context, r *api.DeleteRequest) (*api.Empty, error) {
+	s.w.mu.Lock()
+	c, ok := s.w.containers[r.Id]
+	s.w.mu.Unlock()
+	if !ok {
+		return &api.Empty{}, nil
+	}
+	select {
+	case <-c.ready:
+		return &api.Empty{}, c.delete(context.WithoutCancel(ctx))
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (s *service) List(context.Context, *api.ListRequest) (*api.ListResponse, error) {
+	s.w.mu.Lock()
+	all := make([]*container, 0, len(s.w.containers))
+	for _, c := range s.w.containers {
+		all = append(all, c)
+	}
+	s.w.mu.Unlock()
+	var list api.ListResponse
+	for _, c := range all {
+		if snapshot, ok := c.snapshot(); ok {
+			list.Containers = append(list.Containers, snapshot)
+		}
+	}
+	return &list, nil
+}
+
+// maxEvents bounds the events that wait for a watcher.
+const maxEvents = 256
+
+func (s *service) Watch(ctx context.Context, _ *api.WatchRequest, stream api.Keeper_WatchServer) error {
+	events := make(chan *api.Event, maxEvents)
+	s.w.mu.Lock()
+	s.w.watchers[events] = struct{}{}
+	s.w.mu.Unlock()
+	defer func() {
+		s.w.mu.Lock()
+		defer s.w.mu.Unlock()
+		delete(s.w.watchers, events)
+	}()
+	if err := stream.Send(&api.Event{}); err != nil {
+		return err
+	}
+	for {
+		select {
+		case e, ok := <-events:
+			if !ok {
+				return fmt.Errorf("watcher is too slow: %w", errdefs.ErrAborted)
+			}
+			if err := stream.Send(e); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
