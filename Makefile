@@ -14,7 +14,7 @@ VERSION := $(shell cat VERSION)$(shell git describe --always --exclude='*' --dir
 GO_BUILD := go build -trimpath -buildvcs=false
 # What the keeper is built with; the checks look at the same code.
 KEEPER_TAGS := netgo,osusergo,seccomp,static_build
-SUITES := ./test/e2e ./test/conformance
+SUITES := ./test/quickstart ./test/e2e ./test/conformance
 PACKAGES = $(filter-out $(SUITES:./%=sampan.dev/sampan/%),$(shell go list ./...))
 
 .PHONY: all build deps
