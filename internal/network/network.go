@@ -47,10 +47,11 @@ type Network interface {
 	// network is not ready, ErrFailedPrecondition while the pod is leaving.
 	Attach(ctx context.Context, pod Pod) (Result, error)
 
-	// Detach takes the pod off the network. It succeeds for a pod that is
-	// unknown or leaving. It may be called before or after the pod's namespace
-	// is removed. When it fails the network goes on trying by itself, in this
-	// process and the next: the caller may report the error and forget the pod.
+	// Detach takes the pod off the network. It succeeds for an unknown pod, and
+	// tries again at once what failed before for a leaving one. It may be called
+	// before or after the pod's namespace is removed. When it fails the network
+	// goes on trying by itself, in this process and the next: the caller may
+	// report the error and forget the pod.
 	Detach(ctx context.Context, podID string) error
 
 	// Sweep detaches every pod of which live says no. It is called once, at

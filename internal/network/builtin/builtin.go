@@ -280,10 +280,8 @@ func (n *Network) holder(ports []network.PortMapping) (*record, network.PortMapp
 		return nil, network.PortMapping{}
 	}
 	for _, r := range n.pods {
-		for _, theirs := range r.Ports {
-			if i := slices.IndexFunc(ports, theirs.Conflicts); i >= 0 {
-				return r, ports[i]
-			}
+		if port, taken := network.FirstConflict(ports, r.Ports); taken {
+			return r, port
 		}
 	}
 	return nil, network.PortMapping{}

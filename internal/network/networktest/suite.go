@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 
@@ -32,6 +33,7 @@ func Suite(t *testing.T, newSubject func(t *testing.T) Subject) {
 		"DetachIsIdempotent":  testDetachIsIdempotent,
 		"DetachWithoutNetNS":  testDetachWithoutNetNS,
 		"HostPort":            testHostPort,
+		"HostPortConflict":    testHostPortConflict,
 		"Sweep":               testSweep,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, newSubject(t)) })
@@ -226,6 +228,24 @@ func testHostPort(t *testing.T, s Subject) {
 		t.Fatal(err)
 	}
 	s.Lab.MustNotAsk(t, s.Lab.Outside, "tcp", hostPort(Host4, "8080"))
+}
+
+func testHostPortConflict(t *testing.T, s Subject) {
+	n := open(t, s)
+	first := s.Lab.NewPod(t, network.PortMapping{Protocol: network.TCP, ContainerPort: 80, HostPort: 8080})
+	second := s.Lab.NewPod(t, network.PortMapping{Protocol: network.TCP, ContainerPort: 80, HostPort: 8080})
+	Attach(t, n, first)
+	_, err := n.Attach(t.Context(), second)
+	if !errdefs.IsAlreadyExists(err) || !strings.Contains(err.Error(), first.Name) || !strings.Contains(err.Error(), "8080/tcp") {
+		t.Errorf("got %v, want already exists with the holder's name and the port", err)
+	}
+	if n.Holds(second.ID) {
+		t.Error("the refused pod is recorded")
+	}
+	if err := n.Detach(t.Context(), first.ID); err != nil {
+		t.Fatal(err)
+	}
+	Attach(t, n, second) // the port is free at once
 }
 
 func testSweep(t *testing.T, s Subject) {
