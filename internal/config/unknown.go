@@ -4,10 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"regexp"
 	"strings"
 
 	"github.com/pelletier/go-toml/v2"
 )
+
+// goNames is the part of the decoder's errors that means nothing to a user.
+var goNames = regexp.MustCompile(` struct field \S+ of type`)
 
 // explain turns the decoder's error into one line for each problem, with the
 // line of the file and, for a key that does not exist, the nearest that does.
@@ -29,7 +33,8 @@ func explain(err error) error {
 		if key := strings.Join(decode.Key(), "."); key != "" {
 			where += ", key " + key
 		}
-		return fmt.Errorf("%s: %s", where, strings.TrimPrefix(decode.Error(), "toml: "))
+		cause := goNames.ReplaceAllString(strings.TrimPrefix(decode.Error(), "toml: "), "")
+		return fmt.Errorf("%s: %s", where, cause)
 	}
 	return err
 }
@@ -48,13 +53,17 @@ func unknownKey(key []string) string {
 }
 
 // nearest returns the known key with the fewest letters to change, comparing
-// whole names and last parts. There is always one.
+// whole names and last parts; letters left off at the end count little. There is
+// always one.
 func nearest(name string) string {
 	best, bestDistance := "", 1<<30
 	for _, known := range append(Keys(), tables()...) {
-		d := distance(name, known)
-		if tail := distance(tailOf(name), tailOf(known)) + 1; tailOf(name) != "" && tail < d {
+		d := 2 * distance(name, known)
+		if tail := 2*distance(tailOf(name), tailOf(known)) + 1; tail < d {
 			d = tail
+		}
+		if len(name) >= 3 && strings.HasPrefix(known, name) {
+			d = min(d, len(known)-len(name))
 		}
 		if d < bestDistance {
 			best, bestDistance = known, d
