@@ -10,6 +10,7 @@ package ociruntime
 
 import (
 	"context"
+	"fmt"
 	"os"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -57,7 +58,8 @@ type Container struct {
 // ErrInvalidArgument: the bundle, the process or the resources ask for something
 // that cannot be. ErrNotFound: no such container. ErrAlreadyExists: Create of a
 // container whose StateDir exists. ErrFailedPrecondition: the container is not in
-// the state that the call needs, e.g. Exec in a stopped one. ErrUnavailable: the
+// the state that the call needs, e.g. Exec in a stopped one, or Create in a
+// cgroup that has processes. ErrUnavailable: the
 // runtime itself is missing. Other errors carry the runtime's own words.
 //
 // # Concurrency and time
@@ -115,17 +117,21 @@ type Runtime interface {
 	OOMKills(c Container) (uint64, error)
 
 	// Delete kills what is left of the container and removes its cgroups and its
-	// StateDir. It does not wait for the first process to be reaped. It is
-	// idempotent and needs nothing but the name: no container, half a container,
-	// a container of an earlier boot are all deleted with success. The bundle and
-	// the cgroups above the container's own are the caller's.
+	// StateDir. It waits for the end of the first process, though not until it is
+	// reaped, so processes of Exec must be reaped meanwhile: the kernel does not
+	// let the first process of a PID namespace end before. It is idempotent and
+	// needs nothing but the name: no container, half a container, a container of
+	// an earlier boot are all deleted with success. The bundle and the cgroups
+	// above the container's own are the caller's.
 	Delete(ctx context.Context, c Container) error
 }
 
 // CreateRequest says what to create.
 type CreateRequest struct {
-	// Bundle is a directory with config.json; a relative root.path is relative
-	// to it. It must stay as it is until Delete.
+	// Bundle is a directory with config.json; relative paths in it are relative
+	// to the bundle. It must stay as it is until Delete. linux.cgroupsPath is
+	// set, in the form that the runtime's cgroup driver takes, and names a
+	// cgroup that is the container's alone.
 	Bundle string
 
 	// Stdio of the first process, unused if config.json has process.terminal.
@@ -149,6 +155,19 @@ type ExecRequest struct {
 // by the process' user afterwards, so that it can open /dev/stdout.
 type Stdio struct {
 	Stdin, Stdout, Stderr *os.File
+}
+
+// SetBlocking clears O_NONBLOCK, for implementations of Runtime.
+func (s Stdio) SetBlocking() error {
+	for _, f := range []*os.File{s.Stdin, s.Stdout, s.Stderr} {
+		if f == nil {
+			continue
+		}
+		if err := unix.SetNonblock(int(f.Fd()), false); err != nil {
+			return fmt.Errorf("stdio %s: %w", f.Name(), err)
+		}
+	}
+	return nil
 }
 
 // Started is a process that Create or Exec has made.

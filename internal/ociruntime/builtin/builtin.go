@@ -1,0 +1,244 @@
+// Package builtin is the OCI runtime inside the keeper: runc's libcontainer,
+// called rather than executed. Processes that it makes are children of the
+// calling process, which reaps them.
+//
+// A container's process begins as a copy of the calling program that is executed
+// with the argument "init", so a program that uses this package calls Init first
+// thing in main. The copy is sealed (a read-only overlay of the program's
+// directory that libcontainer makes for each process), so that a container
+// cannot write to the program through /proc/self/exe.
+package builtin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/cgroups"
+	_ "github.com/opencontainers/cgroups/devices" // lets the cgroup managers set device rules
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	_ "github.com/opencontainers/runc/libcontainer/nsenter" // joins namespaces before the Go runtime starts, in what Init serves
+	"github.com/opencontainers/runc/libcontainer/specconv"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/internal/ociruntime"
+	"sampan.dev/sampan/internal/ociruntime/console"
+	"sampan.dev/sampan/internal/ociruntime/lifecycle"
+)
+
+// Init takes over, and never returns, if the program was executed to become a
+// container's process. Otherwise it does nothing. It must be the first call in main.
+func Init() {
+	if len(os.Args) == 2 && os.Args[1] == "init" && os.Getenv("_LIBCONTAINER_INITTYPE") != "" {
+		libcontainer.Init()
+	}
+}
+
+// Config is what New needs.
+type Config struct {
+	// SystemdCgroup has systemd make the containers' cgroups, whose cgroupsPath
+	// then has the form slice:prefix:name.
+	SystemdCgroup bool
+
+	Logger *slog.Logger
+}
+
+// New returns the runtime. It directs the log of libcontainer, of which a program
+// has only one, to the Logger.
+func New(c Config) ociruntime.Runtime {
+	forwardLog(c.Logger)
+	return lifecycle.New(&driver{systemd: c.SystemdCgroup}, lifecycle.Config(c))
+}
+
+type driver struct {
+	systemd bool
+}
+
+// Create makes a container. If this process dies while it does, the process
+// that was to become the container's dies too, sooner or later: libcontainer has
+// it read from sockets whose other ends are here, and the last thing it is told
+// is sent after state.json is written.
+func (d *driver) Create(_ context.Context, c ociruntime.Container, bundle string, spec *specs.Spec, stdio ociruntime.Stdio) (ociruntime.Started, error) {
+	config, err := d.convert(c.ID, bundle, spec)
+	if err != nil {
+		return ociruntime.Started{}, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+	}
+	container, err := libcontainer.Create(c.StateDir, c.ID, config)
+	if err != nil {
+		return ociruntime.Started{}, classify(err)
+	}
+	return run(container, spec.Process, stdio, true)
+}
+
+// Exec starts a further process.
+func (d *driver) Exec(_ context.Context, c ociruntime.Container, p *specs.Process, stdio ociruntime.Stdio) (ociruntime.Started, error) {
+	container, err := libcontainer.Load(c.StateDir, c.ID)
+	if err != nil {
+		return ociruntime.Started{}, classify(err)
+	}
+	return run(container, p, stdio, false)
+}
+
+// run starts a process in the container, its first one if first is set.
+func run(container *libcontainer.Container, p *specs.Process, stdio ociruntime.Stdio, first bool) (ociruntime.Started, error) {
+	process, err := convertProcess(p)
+	if err != nil {
+		return ociruntime.Started{}, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+	}
+	process.Init = first
+	if !p.Terminal {
+		attach(process, stdio)
+		return launch(container, process)
+	}
+	terminal, err := console.NewPair()
+	if err != nil {
+		return ociruntime.Started{}, err
+	}
+	defer terminal.Close()
+	process.ConsoleSocket = terminal.Child
+	started, err := launch(container, process)
+	if err != nil {
+		return ociruntime.Started{}, err
+	}
+	if started.Console, err = terminal.Receive(); err != nil {
+		return ociruntime.Started{}, errors.Join(err, lifecycle.Discard(started))
+	}
+	return started, nil
+}
+
+// attach gives a process its stdio. An interface that holds a nil *os.File is
+// not nil, hence the checks.
+func attach(p *libcontainer.Process, stdio ociruntime.Stdio) {
+	if stdio.Stdin != nil {
+		p.Stdin = stdio.Stdin
+	}
+	if stdio.Stdout != nil {
+		p.Stdout = stdio.Stdout
+	}
+	if stdio.Stderr != nil {
+		p.Stderr = stdio.Stderr
+	}
+}
+
+func launch(container *libcontainer.Container, p *libcontainer.Process) (ociruntime.Started, error) {
+	if err := container.Start(p); err != nil {
+		return ociruntime.Started{}, classify(err)
+	}
+	pid, err := p.Pid()
+	return ociruntime.Started{Pid: pid, Child: true}, err
+}
+
+// Update changes limits.
+func (d *driver) Update(_ context.Context, c ociruntime.Container, r *specs.LinuxResources) error {
+	container, err := libcontainer.Load(c.StateDir, c.ID)
+	if err != nil {
+		return classify(err)
+	}
+	config := container.Config()
+	merged, err := merge(config.Cgroups.Resources, r)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+	}
+	// In a copy, so that libcontainer can go back to the old limits if the
+	// kernel refuses one of the new ones.
+	updated := *config.Cgroups
+	updated.Resources = merged
+	config.Cgroups = &updated
+	return classify(container.Set(config))
+}
+
+// merge returns the limits old with those that r sets in their place. It
+// converts r as Create does, and relies on Resources being encoded without
+// what is not set, as they are in libcontainer's own state.
+func merge(old *cgroups.Resources, r *specs.LinuxResources) (*cgroups.Resources, error) {
+	changes, err := specconv.CreateCgroupConfig(&specconv.CreateOpts{
+		Spec: &specs.Spec{Linux: &specs.Linux{Resources: r}},
+	}, nil)
+	if err != nil {
+		return nil, err
+	}
+	var merged cgroups.Resources
+	for _, layer := range []*cgroups.Resources{old, changes.Resources} {
+		data, err := json.Marshal(layer)
+		if err != nil {
+			return nil, err
+		}
+		if err := json.Unmarshal(data, &merged); err != nil {
+			return nil, err
+		}
+	}
+	if changes.Resources.Memory == -1 && changes.Resources.MemorySwap == 0 {
+		merged.MemorySwap = 0 // lifting the memory limit lifts that of swap, which may not be below it
+	}
+	// Device rules are no limits: those that another program may have added to
+	// the container's meanwhile stay.
+	merged.SkipDevices = true
+	return &merged, nil
+}
+
+// Destroy has libcontainer remove what it knows of besides cgroups: resctrl
+// groups. It also runs poststop hooks.
+func (d *driver) Destroy(ctx context.Context, c ociruntime.Container) error {
+	container, err := libcontainer.Load(c.StateDir, c.ID)
+	if errors.Is(err, libcontainer.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for {
+		err := container.Destroy()
+		if !errors.Is(err, libcontainer.ErrRunning) {
+			return err
+		}
+		// A process that was killed leaves its cgroup before it is a zombie.
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+// convert makes libcontainer's configuration of a spec.
+func (d *driver) convert(id, bundle string, spec *specs.Spec) (*configs.Config, error) {
+	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
+		CgroupName:       id,
+		UseSystemdCgroup: d.systemd,
+		Spec:             spec,
+	})
+	if err != nil {
+		return nil, err
+	}
+	// Hooks learn the bundle from this label, which says the working directory.
+	for i, label := range config.Labels {
+		if strings.HasPrefix(label, "bundle=") {
+			config.Labels[i] = "bundle=" + bundle
+		}
+	}
+	return config, nil
+}
+
+// classify gives libcontainer's errors the classes of ociruntime.Runtime.
+func classify(err error) error {
+	class := func(class error) error { return fmt.Errorf("%w: %w", class, err) }
+	switch {
+	case errors.Is(err, libcontainer.ErrNotExist):
+		return class(errdefs.ErrNotFound)
+	case errors.Is(err, libcontainer.ErrExist):
+		return class(errdefs.ErrAlreadyExists)
+	case errors.Is(err, libcontainer.ErrNotRunning), errors.Is(err, libcontainer.ErrPaused):
+		return class(errdefs.ErrFailedPrecondition)
+	case errors.Is(err, libcontainer.ErrInvalidID), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ERANGE):
+		return class(errdefs.ErrInvalidArgument)
+	}
+	return err
+}

@@ -1,0 +1,582 @@
+// Package lifecycle is what all OCI runtimes have in common: a container's state
+// directory, the order in which things are recorded and done, and the one undo
+// that failed creates, crashed creates and ordinary deletion share. What differs
+// between runtimes is a Driver.
+//
+// It keeps nothing in memory between calls: the state directory and the kernel
+// are asked each time.
+package lifecycle
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/cgroups/manager"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/ociruntime"
+	"sampan.dev/sampan/internal/state"
+)
+
+// Driver does what only one particular runtime knows how to do. It is called
+// in the right order and with a state directory that exists, in which it may
+// have files of its own.
+type Driver interface {
+	// Create makes the container of a spec in which relative paths are
+	// absolute already. It may leave whatever it likes behind when it fails, but
+	// no process outside the container's cgroup, other than one that is dying.
+	// It need not watch ctx while all it waits for are processes in the cgroup.
+	Create(ctx context.Context, c ociruntime.Container, bundle string, spec *specs.Spec, stdio ociruntime.Stdio) (ociruntime.Started, error)
+
+	// Start hands control to the user's program. The first process was alive
+	// a moment ago.
+	Start(ctx context.Context, c ociruntime.Container, first host.Process) error
+
+	// Started reports whether the first process, alive a moment ago, has
+	// executed the user's program. It is asked only if Start did not live to
+	// record it.
+	Started(ctx context.Context, c ociruntime.Container, first host.Process) (bool, error)
+
+	// Exec is as in ociruntime.Runtime, in a container that was running a moment ago.
+	Exec(ctx context.Context, c ociruntime.Container, p *specs.Process, stdio ociruntime.Stdio) (ociruntime.Started, error)
+
+	// Update is as in ociruntime.Runtime, for a live container. Updates come one
+	// at a time.
+	Update(ctx context.Context, c ociruntime.Container, r *specs.LinuxResources) error
+
+	// Destroy removes what the driver knows of besides processes, cgroups and
+	// the state directory. All processes in the cgroup are dead. The container
+	// may be half made, or destroyed.
+	Destroy(ctx context.Context, c ociruntime.Container) error
+}
+
+// Config is what New needs.
+type Config struct {
+	// SystemdCgroup says that linux.cgroupsPath has the form slice:prefix:name
+	// and that systemd makes the cgroup.
+	SystemdCgroup bool
+
+	Logger *slog.Logger
+}
+
+// New returns the runtime that a driver makes possible.
+func New(d Driver, c Config) ociruntime.Runtime {
+	return &runtime{driver: d, systemd: c.SystemdCgroup, log: c.Logger}
+}
+
+type runtime struct {
+	driver  Driver
+	systemd bool
+	log     *slog.Logger
+
+	// updating is held by Update: an update reads all limits of a container and
+	// writes them back, so two at once would undo each other.
+	updating sync.Mutex
+}
+
+// The records in a state directory, in the order in which they come to be.
+const (
+	undoName    = "undo"    // how to undo everything that is made from now on
+	firstName   = "first"   // the first process: Create succeeded
+	startedName = "started" // empty: Start succeeded
+)
+
+var (
+	undoKind  = state.Kind{Name: "runtime-undo", Version: 1}
+	firstKind = state.Kind{Name: "runtime-first", Version: 1}
+)
+
+// undo is what must be known of a container that may be only half made.
+type undo struct {
+	Boot   string      `json:"boot"`
+	Cgroup host.Cgroup `json:"cgroup"`
+	// OwnPIDs is set if the container has a PID namespace of its own, so that
+	// the kernel kills the rest when the first process dies.
+	OwnPIDs bool `json:"ownPIDs"`
+}
+
+// undoTimeout bounds the undoing of a failed Create, whose own context may have
+// ended already.
+const undoTimeout = 30 * time.Second
+
+func (r *runtime) Create(ctx context.Context, c ociruntime.Container, req ociruntime.CreateRequest) (ociruntime.Started, error) {
+	started, err := r.create(ctx, c, req)
+	if err != nil {
+		return ociruntime.Started{}, fmt.Errorf("create container %s: %w", c.ID, err)
+	}
+	return started, nil
+}
+
+func (r *runtime) create(ctx context.Context, c ociruntime.Container, req ociruntime.CreateRequest) (ociruntime.Started, error) {
+	spec, err := readSpec(req.Bundle)
+	if err != nil {
+		return ociruntime.Started{}, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+	}
+	if _, err := os.Lstat(c.StateDir); err == nil {
+		return ociruntime.Started{}, errdefs.ErrAlreadyExists
+	}
+	u, err := r.plan(spec)
+	if err != nil {
+		return ociruntime.Started{}, err
+	}
+	if err := req.Stdio.SetBlocking(); err != nil {
+		return ociruntime.Started{}, err
+	}
+	if err := os.Mkdir(c.StateDir, 0o711); err != nil {
+		return ociruntime.Started{}, err
+	}
+	started, err := r.carryOut(ctx, c, u, req, spec)
+	if err != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+		defer cancel()
+		return ociruntime.Started{}, errors.Join(err, r.delete(ctx, c))
+	}
+	return started, nil
+}
+
+// plan finds out what undoing the spec will take.
+func (r *runtime) plan(spec *specs.Spec) (undo, error) {
+	dirs, err := r.cgroup(spec.Linux.CgroupsPath)
+	if err != nil {
+		return undo{}, fmt.Errorf("%w: linux.cgroupsPath %q: %w", errdefs.ErrInvalidArgument, spec.Linux.CgroupsPath, err)
+	}
+	// Two containers in one cgroup would be killed together.
+	pids, err := dirs.Pids()
+	if err != nil {
+		return undo{}, err
+	}
+	if len(pids) > 0 {
+		return undo{}, fmt.Errorf("cgroup %s has %d processes: %w", spec.Linux.CgroupsPath, len(pids), errdefs.ErrFailedPrecondition)
+	}
+	u := undo{Boot: host.BootID(), Cgroup: dirs}
+	for _, ns := range spec.Linux.Namespaces {
+		u.OwnPIDs = u.OwnPIDs || ns.Type == specs.PIDNamespace && ns.Path == ""
+	}
+	return u, nil
+}
+
+// cgroup returns the directories that a runtime makes for a cgroupsPath.
+func (r *runtime) cgroup(path string) (host.Cgroup, error) {
+	config := &cgroups.Cgroup{Resources: &cgroups.Resources{}, Systemd: r.systemd}
+	if r.systemd {
+		parts := strings.Split(path, ":")
+		if len(parts) != 3 {
+			return nil, errors.New("is not of the form slice:prefix:name")
+		}
+		config.Parent, config.ScopePrefix, config.Name = parts[0], parts[1], parts[2]
+	} else {
+		config.Path = filepath.Clean("/" + path)
+		if config.Path == "/" {
+			return nil, errors.New("is no cgroup of the container's own")
+		}
+	}
+	m, err := manager.New(config)
+	if err != nil {
+		return nil, err
+	}
+	return m.GetPaths(), nil
+}
+
+// carryOut creates, and records each step before or as soon as it is done.
+func (r *runtime) carryOut(ctx context.Context, c ociruntime.Container, u undo, req ociruntime.CreateRequest, spec *specs.Spec) (ociruntime.Started, error) {
+	if err := state.Write(filepath.Join(c.StateDir, undoName), undoKind, u, state.Volatile); err != nil {
+		return ociruntime.Started{}, err
+	}
+	stop := killAtEnd(ctx, u.Cgroup)
+	started, err := r.driver.Create(ctx, c, req.Bundle, spec, req.Stdio)
+	stop()
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return ociruntime.Started{}, fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	case err != nil:
+		return ociruntime.Started{}, err
+	}
+	err = context.Cause(ctx)
+	if err == nil {
+		err = recordFirst(c, started.Pid)
+	}
+	if err != nil {
+		return ociruntime.Started{}, errors.Join(err, Discard(started))
+	}
+	return started, nil
+}
+
+func recordFirst(c ociruntime.Container, pid int) error {
+	first, err := host.Identify(pid)
+	if err != nil {
+		return err
+	}
+	return state.Write(filepath.Join(c.StateDir, firstName), firstKind, first, state.Volatile)
+}
+
+// killAtEnd kills what is in the cgroup when ctx ends, and goes on until the
+// returned function is called.
+func killAtEnd(ctx context.Context, cgroup host.Cgroup) (stop func()) {
+	stopped := make(chan struct{})
+	var killer sync.WaitGroup
+	killer.Go(func() {
+		select {
+		case <-stopped:
+			return
+		case <-ctx.Done():
+		}
+		for {
+			_, _ = cgroup.Signal(unix.SIGKILL) // the delete that follows reports what does not die
+			select {
+			case <-stopped:
+				return
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	})
+	return func() { close(stopped); killer.Wait() }
+}
+
+// Discard kills a process that nobody will be told of and, if it is a child of
+// ours, waits for its end. Until that its pid cannot mean another.
+func Discard(s ociruntime.Started) error {
+	if s.Console != nil {
+		s.Console.Close()
+	}
+	process, err := os.FindProcess(s.Pid)
+	if err != nil {
+		return err
+	}
+	if err := process.Signal(unix.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("kill process %d: %w", s.Pid, err)
+	}
+	if !s.Child {
+		return process.Release()
+	}
+	_, err = process.Wait()
+	return err
+}
+
+func (r *runtime) Start(ctx context.Context, c ociruntime.Container) error {
+	if err := r.start(ctx, c); err != nil {
+		return fmt.Errorf("start container %s: %w", c.ID, err)
+	}
+	return nil
+}
+
+func (r *runtime) start(ctx context.Context, c ociruntime.Container) error {
+	first, status, err := r.status(ctx, c)
+	if err != nil {
+		return err
+	}
+	if status != ociruntime.Created {
+		return notIn(status)
+	}
+	if err := r.driver.Start(ctx, c, first); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(c.StateDir, startedName), nil, 0o600)
+}
+
+func notIn(s ociruntime.Status) error {
+	return fmt.Errorf("it is %s: %w", s, errdefs.ErrFailedPrecondition)
+}
+
+// status returns the first process of a container whose Create succeeded in this
+// boot, and where it is in its life.
+func (r *runtime) status(ctx context.Context, c ociruntime.Container) (host.Process, ociruntime.Status, error) {
+	first, err := readFirst(c)
+	if err != nil {
+		return host.Process{}, "", err
+	}
+	if !first.Alive() {
+		return first, ociruntime.Stopped, nil
+	}
+	if state.Exists(filepath.Join(c.StateDir, startedName)) {
+		return first, ociruntime.Running, nil
+	}
+	started, err := r.driver.Started(ctx, c, first)
+	switch {
+	case err != nil:
+		return host.Process{}, "", err
+	case started:
+		return first, ociruntime.Running, nil
+	default:
+		return first, ociruntime.Created, nil
+	}
+}
+
+func readFirst(c ociruntime.Container) (host.Process, error) {
+	var first host.Process
+	err := state.Read(filepath.Join(c.StateDir, firstName), firstKind, &first)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && first.Boot != host.BootID() {
+		return host.Process{}, fmt.Errorf("no such container: %w", errdefs.ErrNotFound)
+	}
+	return first, err
+}
+
+// readUndo is like readFirst, but finds half-made containers too.
+func readUndo(c ociruntime.Container) (undo, error) {
+	var u undo
+	err := state.Read(filepath.Join(c.StateDir, undoName), undoKind, &u)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && u.Boot != host.BootID() {
+		return undo{}, fmt.Errorf("no such container: %w", errdefs.ErrNotFound)
+	}
+	return u, err
+}
+
+func (r *runtime) Exec(ctx context.Context, c ociruntime.Container, req ociruntime.ExecRequest) (ociruntime.Started, error) {
+	started, err := r.exec(ctx, c, req)
+	if err != nil {
+		return ociruntime.Started{}, fmt.Errorf("exec in container %s: %w", c.ID, err)
+	}
+	return started, nil
+}
+
+func (r *runtime) exec(ctx context.Context, c ociruntime.Container, req ociruntime.ExecRequest) (ociruntime.Started, error) {
+	if err := checkProcess(req.Process); err != nil {
+		return ociruntime.Started{}, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+	}
+	if err := req.Stdio.SetBlocking(); err != nil {
+		return ociruntime.Started{}, err
+	}
+	_, status, err := r.status(ctx, c)
+	switch {
+	case err != nil:
+		return ociruntime.Started{}, err
+	case status != ociruntime.Running:
+		return ociruntime.Started{}, notIn(status)
+	case ctx.Err() != nil:
+		return ociruntime.Started{}, context.Cause(ctx)
+	}
+	started, err := r.driver.Exec(ctx, c, req.Process, req.Stdio)
+	if err != nil {
+		if !isAlive(c) { // it ended under the exec: say so instead of what broke
+			err = fmt.Errorf("%w: %w", errdefs.ErrFailedPrecondition, err)
+		}
+		return ociruntime.Started{}, err
+	}
+	if ctx.Err() != nil {
+		return ociruntime.Started{}, errors.Join(context.Cause(ctx), Discard(started))
+	}
+	return started, nil
+}
+
+// isAlive reports whether the container's first process is alive.
+func isAlive(c ociruntime.Container) bool {
+	first, err := readFirst(c)
+	return err == nil && first.Alive()
+}
+
+func (r *runtime) Signal(_ context.Context, c ociruntime.Container, sig unix.Signal, all bool) error {
+	if err := signal(c, sig, all); err != nil {
+		return fmt.Errorf("signal container %s: %w", c.ID, err)
+	}
+	return nil
+}
+
+func signal(c ociruntime.Container, sig unix.Signal, all bool) error {
+	first, err := readFirst(c)
+	if err != nil {
+		return err
+	}
+	u, err := readUndo(c)
+	if err != nil {
+		return err
+	}
+	if all {
+		_, err := u.Cgroup.Signal(sig)
+		return err
+	}
+	handle, err := first.Open()
+	if err == nil {
+		defer handle.Close()
+		if handle.Exited() {
+			return notIn(ociruntime.Stopped)
+		}
+		err = handle.Signal(sig)
+	}
+	if errdefs.IsNotFound(err) {
+		return notIn(ociruntime.Stopped)
+	}
+	if err == nil && sig == unix.SIGKILL && !u.OwnPIDs {
+		_, err = u.Cgroup.Signal(sig)
+	}
+	return err
+}
+
+func (r *runtime) Update(ctx context.Context, c ociruntime.Container, resources *specs.LinuxResources) error {
+	if err := r.update(ctx, c, resources); err != nil {
+		return fmt.Errorf("update container %s: %w", c.ID, err)
+	}
+	return nil
+}
+
+func (r *runtime) update(ctx context.Context, c ociruntime.Container, resources *specs.LinuxResources) error {
+	r.updating.Lock()
+	defer r.updating.Unlock()
+	first, err := readFirst(c)
+	switch {
+	case err != nil:
+		return err
+	case !first.Alive():
+		return notIn(ociruntime.Stopped)
+	case resources == nil:
+		return nil
+	}
+	return r.driver.Update(ctx, c, resources)
+}
+
+func (r *runtime) Pids(_ context.Context, c ociruntime.Container) ([]int, error) {
+	u, err := readUndo(c)
+	if err != nil {
+		return nil, fmt.Errorf("list processes of container %s: %w", c.ID, err)
+	}
+	return u.Cgroup.Pids()
+}
+
+func (r *runtime) State(ctx context.Context, c ociruntime.Container) (ociruntime.State, error) {
+	first, status, err := r.status(ctx, c)
+	if err != nil {
+		return ociruntime.State{}, fmt.Errorf("state of container %s: %w", c.ID, err)
+	}
+	if status == ociruntime.Stopped {
+		first.Pid = 0
+	}
+	return ociruntime.State{Status: status, Pid: first.Pid}, nil
+}
+
+func (r *runtime) OOMKills(c ociruntime.Container) (uint64, error) {
+	u, err := readUndo(c)
+	if err != nil {
+		return 0, fmt.Errorf("container %s: %w", c.ID, err)
+	}
+	n, err := u.Cgroup.OOMKills()
+	if err != nil {
+		return 0, fmt.Errorf("container %s: %w", c.ID, err)
+	}
+	return n, nil
+}
+
+func (r *runtime) Delete(ctx context.Context, c ociruntime.Container) error {
+	if err := r.delete(ctx, c); err != nil {
+		return fmt.Errorf("delete container %s: %w", c.ID, err)
+	}
+	return nil
+}
+
+// delete is the one undo, for containers in any condition.
+func (r *runtime) delete(ctx context.Context, c ociruntime.Container) error {
+	u, err := readUndo(c)
+	if errdefs.IsNotFound(err) {
+		// Nothing was made yet, or a reboot has taken it all.
+		return os.RemoveAll(c.StateDir)
+	}
+	if err != nil {
+		return err
+	}
+	if err := u.Cgroup.Kill(ctx); err != nil {
+		return err
+	}
+	if err := awaitEnd(ctx, c); err != nil {
+		return err
+	}
+	if err := r.driver.Destroy(ctx, c); err != nil {
+		// What the driver could not do is not worth a container that cannot be
+		// deleted: no process is left to use it.
+		r.log.Warn("the runtime could not destroy a container", "op", "delete", "container", c.ID, "err", err)
+	}
+	if err := u.Cgroup.Remove(ctx); err != nil {
+		return err
+	}
+	return os.RemoveAll(c.StateDir)
+}
+
+// awaitEnd waits until the first process is a zombie or gone. It left the cgroup
+// a little earlier.
+func awaitEnd(ctx context.Context, c ociruntime.Container) error {
+	first, err := readFirst(c)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	handle, err := first.Open()
+	if err != nil {
+		return nil
+	}
+	defer handle.Close()
+	// A runtime may have put it elsewhere than into the cgroup.
+	if err := handle.Signal(unix.SIGKILL); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	return handle.Wait(ctx)
+}
+
+// readSpec reads the bundle's config.json and makes relative paths in it
+// absolute, since a keeper's working directory is no bundle.
+func readSpec(bundle string) (*specs.Spec, error) {
+	path := filepath.Join(bundle, "config.json")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var spec specs.Spec
+	if err := json.Unmarshal(data, &spec); err != nil {
+		return nil, fmt.Errorf("decode %s: %w", path, err)
+	}
+	if spec.Root == nil || spec.Linux == nil {
+		return nil, fmt.Errorf("%s: no root or no linux section", path)
+	}
+	if err := checkProcess(spec.Process); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	spec.Root.Path = absolute(bundle, spec.Root.Path)
+	for i, m := range spec.Mounts {
+		if isBind(m) {
+			spec.Mounts[i].Source = absolute(bundle, m.Source)
+		}
+	}
+	return &spec, nil
+}
+
+func isBind(m specs.Mount) bool {
+	if m.Type == "bind" {
+		return true
+	}
+	for _, o := range m.Options {
+		if o == "bind" || o == "rbind" {
+			return true
+		}
+	}
+	return false
+}
+
+func absolute(dir, path string) string {
+	if filepath.IsAbs(path) {
+		return path
+	}
+	return filepath.Join(dir, path)
+}
+
+// checkProcess finds what some runtimes leave to their callers to find.
+func checkProcess(p *specs.Process) error {
+	switch {
+	case p == nil:
+		return errors.New("no process")
+	case len(p.Args) == 0 || p.Args[0] == "":
+		return errors.New("process.args is empty")
+	case !filepath.IsAbs(p.Cwd):
+		return fmt.Errorf("process.cwd %q is not absolute", p.Cwd)
+	}
+	return nil
+}
