@@ -73,14 +73,16 @@ func (n Namespaces) create() error {
 		}
 	}
 	for _, p := range n.pins() {
-		if err := pinNamespace("/proc/thread-self/ns/"+p.name, p.path); err != nil {
+		if err := Pin("/proc/thread-self/ns/"+p.name, p.path); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func pinNamespace(source, target string) error {
+// Pin keeps the namespace at source, a file in /proc/PID/ns, alive by a bind mount
+// on target. A pin that stands there is replaced.
+func Pin(source, target string) error {
 	if err := Unpin(target); err != nil {
 		return err
 	}

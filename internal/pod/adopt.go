@@ -1,0 +1,350 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/keeper"
+	"sampan.dev/sampan/internal/state"
+)
+
+// Open reads the records of all pods and containers. What it returns can be
+// listed and used at once; Adopt brings it up to date.
+func Open(cfg Config) (*Pods, error) {
+	s := &Pods{
+		cfg: cfg, log: cfg.Logger,
+		paths:      paths{cfg.Root, cfg.State, cfg.NetNS},
+		pods:       make(map[string]*Pod),
+		containers: make(map[string]*Container),
+	}
+	s.ops.Limit = maxOperation
+	s.keepers = keepers{dial: cfg.Keeper, follow: s.follow, all: make(map[string]*keeperConn)}
+	if err := s.paths.make(); err != nil {
+		return nil, fmt.Errorf("open pods: %w", err)
+	}
+	if err := s.loadPods(); err != nil {
+		return nil, fmt.Errorf("open pods: %w", err)
+	}
+	if err := s.loadContainers(); err != nil {
+		return nil, fmt.Errorf("open pods: %w", err)
+	}
+	return s, nil
+}
+
+// Close ends the background work. Pods go on without the daemon.
+func (s *Pods) Close() {
+	s.keepers.close()
+	s.work.Wait()
+}
+
+func (s *Pods) loadPods() error {
+	entries, err := os.ReadDir(s.paths.pods())
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		p := s.loadPod(e.Name())
+		s.pods[p.ID] = p
+	}
+	return nil
+}
+
+// loadPod rebuilds a pod from its records. One that cannot be read is a pod
+// that is not ready and says why, so that it can be seen and removed.
+func (s *Pods) loadPod(id string) *Pod {
+	dir := s.paths.pod(id)
+	p := &Pod{made: make(chan struct{})}
+	close(p.made)
+	if err := state.Read(filepath.Join(dir, "config"), podKind, &p.podRecord); err != nil {
+		p.podRecord = unreadablePod(id, dir)
+		p.phase, p.problem = stopped, err.Error()
+		return p
+	}
+	var r readyRecord
+	err := state.Read(filepath.Join(dir, "ready"), readyKind, &r)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		p.phase = making // never finished: Adopt undoes it
+	case err != nil:
+		p.phase, p.problem = stopped, err.Error()
+	case state.Exists(filepath.Join(dir, "stopped")):
+		p.phase, p.ips = stopped, r.IPs
+	case r.Boot != host.BootID():
+		p.phase, p.problem = stopped, "the machine was restarted"
+	case p.NetNS != "" && !host.Pinned(p.NetNS):
+		p.phase, p.problem = stopped, "its network namespace is gone"
+	default:
+		p.phase, p.ips = ready, r.IPs
+	}
+	return p
+}
+
+// unreadablePod stands for a pod whose record is damaged.
+func unreadablePod(id, dir string) podRecord {
+	r := podRecord{ID: id, CreatedAt: time.Unix(0, 0), Config: podConfig{&runtimeapi.PodSandboxConfig{
+		Metadata: &runtimeapi.PodSandboxMetadata{Name: "unreadable-" + short(id), Namespace: "sampan", Uid: id},
+	}}}
+	if info, err := os.Stat(dir); err == nil {
+		r.CreatedAt = info.ModTime()
+	}
+	return r
+}
+
+func (s *Pods) loadContainers() error {
+	entries, err := os.ReadDir(s.paths.containers())
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		c, made, err := s.loadContainer(e.Name())
+		switch {
+		case c == nil, s.pods[c.PodID] == nil:
+			// Nothing can be said of it; Adopt removes what it holds.
+			s.log.Warn("container cannot be adopted", "container", e.Name(), "err", errors.Join(err, errNoPod))
+		default:
+			if err != nil {
+				c.end(keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: err.Error()})
+			}
+			if made || err != nil {
+				c.state = max(c.state, Created)
+			}
+			s.containers[c.ID] = c
+		}
+	}
+	return nil
+}
+
+// Adopt brings everything back under control after a start: it finishes what an
+// earlier process left half-made, reconnects to the keepers, and sweeps what
+// belongs to nobody. It is called once, and may run while requests are served.
+func (s *Pods) Adopt(ctx context.Context) {
+	if name := s.cfg.KeeperFor(""); name != "" {
+		s.work.Go(func() {
+			if _, err := s.keepers.get(ctx, name, ""); err != nil && ctx.Err() == nil {
+				s.log.Error("keeper does not start; pods will try again", "keeper", name, "err", err)
+			}
+		})
+	}
+	for _, c := range s.loadedContainers() {
+		if _, err := s.cfg.Images.Acquire(c.ImageID, c.ID); err != nil {
+			s.log.Warn("image of a container is gone", "container", c.ID, "image", c.ImageID, "err", err)
+		}
+	}
+	s.cfg.Images.RetainOnly(s.knowsContainer)
+	var wg sync.WaitGroup
+	for _, p := range s.snapshotPods() {
+		wg.Go(func() { s.adoptPod(ctx, p) })
+	}
+	wg.Wait()
+	s.sweep(ctx)
+}
+
+func (s *Pods) loadedContainers() []*Container {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	all := make([]*Container, 0, len(s.containers))
+	for _, c := range s.containers {
+		all = append(all, c)
+	}
+	return all
+}
+
+func (s *Pods) knowsContainer(id string) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.containers[id] != nil
+}
+
+func (s *Pods) knowsPod(id string) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.pods[id] != nil
+}
+
+// adoptPod finishes what was under way with one pod when the daemon died.
+func (s *Pods) adoptPod(ctx context.Context, p *Pod) {
+	ctx, cancel := context.WithTimeout(ctx, maxUndo)
+	defer cancel()
+	if p.Keeper == "" {
+		return // unreadable
+	}
+	p.mu.Lock()
+	phase := p.phase
+	p.mu.Unlock()
+	select {
+	case <-p.made:
+	default:
+		return // made by this process, while it adopts
+	}
+	// Whoever has containers, or may have, is followed from now on.
+	if _, err := s.keeper(ctx, p); err != nil {
+		s.log.Error("keeper of a pod is out of reach", "pod", p.ID, "err", err)
+		return
+	}
+	for _, c := range s.containersOf(p.ID) {
+		if c.visible() {
+			continue
+		}
+		select {
+		case <-c.created:
+			if err := s.undoContainer(ctx, p, c); err != nil {
+				s.log.Error("half-made container stays", "container", c.ID, "err", err)
+				c.end(keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: "its creation was interrupted: " + err.Error()})
+			}
+		default: // being made by this process
+		}
+	}
+	if phase == making {
+		if err := s.undoPod(ctx, p); err != nil {
+			s.log.Error("half-made pod stays", "pod", p.ID, "err", err)
+			p.fail("its creation was interrupted: " + err.Error())
+		}
+	}
+}
+
+// reconcile compares what a keeper has with what is known here.
+func (s *Pods) reconcile(ctx context.Context, name string, k Keeper, all []keeper.ContainerState) {
+	has := make(map[string]bool, len(all))
+	for _, ks := range all {
+		has[ks.ID] = true
+		s.mu.RLock()
+		c, p := s.containers[ks.ID], s.pods[ks.ID]
+		s.mu.RUnlock()
+		switch {
+		case c != nil:
+			s.refresh(c, ks)
+		case p != nil:
+			if ks.Exit != nil {
+				s.onExit(ks.ID, *ks.Exit)
+			}
+		default:
+			s.log.Warn("container of nobody is removed", "container", ks.ID, "keeper", name)
+			if err := k.Delete(ctx, ks.ID); err != nil {
+				s.log.Error("remove container of nobody", "container", ks.ID, "err", err)
+			}
+		}
+	}
+	s.endMissing(ctx, name, k, has)
+}
+
+// endMissing ends the containers that their keeper does not have. The list at
+// hand may be older than a container: only one that is in no later list either
+// is missing.
+func (s *Pods) endMissing(ctx context.Context, name string, k Keeper, has map[string]bool) {
+	var doubtful []*Container
+	for _, p := range s.snapshotPods() {
+		if p.Keeper != name {
+			continue
+		}
+		for _, c := range s.containersOf(p.ID) {
+			if !has[c.ID] && c.visible() && c.Status().State != Exited {
+				doubtful = append(doubtful, c)
+			}
+		}
+	}
+	if len(doubtful) == 0 {
+		return
+	}
+	all, err := k.List(ctx)
+	if err != nil {
+		return // the connection broke: the next one compares again
+	}
+	for _, c := range doubtful {
+		if !slices.ContainsFunc(all, func(ks keeper.ContainerState) bool { return ks.ID == c.ID }) {
+			s.missing(c)
+		}
+	}
+}
+
+// refresh brings a container up to date with what its keeper says.
+func (s *Pods) refresh(c *Container, ks keeper.ContainerState) {
+	c.mu.Lock()
+	if c.state == Created && ks.State != keeper.Created && !ks.StartedAt.IsZero() {
+		c.state, c.startedAt = Running, ks.StartedAt
+	}
+	c.mu.Unlock()
+	if ks.Exit != nil {
+		c.end(*ks.Exit)
+	}
+}
+
+// missing ends a container that its keeper does not know: either the exit record
+// says how it ended, or nobody can.
+func (s *Pods) missing(c *Container) {
+	exit, err := keeper.ReadExit(s.paths.exit(c.ID))
+	if err != nil {
+		exit = keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: "its keeper lost it: " + err.Error()}
+	}
+	c.end(exit)
+}
+
+// sweep removes what belongs to nobody.
+func (s *Pods) sweep(ctx context.Context) {
+	s.emptyTrash()
+	if err := s.cfg.Network.Sweep(ctx, s.knowsPod); err != nil {
+		s.log.Error("sweep network", "err", err)
+	}
+	s.sweepDir(s.paths.containers(), s.knowsContainer, s.undoFiles)
+	s.sweepDir(filepath.Join(s.paths.state, "containers"), s.knowsContainer, s.undoFiles)
+	s.sweepDir(filepath.Join(s.paths.state, "pods"), s.knowsPod, func(id string) error {
+		if len(id) < 16 {
+			return s.removeStateDir(s.paths.podState(id))
+		}
+		return errors.Join(host.Unpin(s.paths.netNS(id)), s.removeStateDir(s.paths.podState(id)), s.removeOwnCgroup(ctx, id))
+	})
+}
+
+func (s *Pods) sweepDir(dir string, known func(id string) bool, remove func(id string) error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		s.log.Error("sweep", "err", err)
+		return
+	}
+	for _, e := range entries {
+		if known(e.Name()) {
+			continue
+		}
+		s.log.Warn("leftover is removed", "path", filepath.Join(dir, e.Name()))
+		if err := remove(e.Name()); err != nil {
+			s.log.Error("leftover stays", "path", filepath.Join(dir, e.Name()), "err", err)
+		}
+	}
+}
+
+// removeStateDir removes a directory below STATE with all that is mounted in it.
+func (s *Pods) removeStateDir(dir string) error {
+	if err := host.UnmountUnder(dir); err != nil {
+		return err
+	}
+	return os.RemoveAll(dir)
+}
+
+// bootTime is when the machine was started, as far as it tells.
+func bootTime() time.Time {
+	data, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return time.Now()
+	}
+	for line := range strings.Lines(string(data)) {
+		if rest, ok := strings.CutPrefix(line, "btime "); ok {
+			if sec, err := strconv.ParseInt(strings.TrimSpace(rest), 10, 64); err == nil {
+				return time.Unix(sec, 0)
+			}
+		}
+	}
+	return time.Now()
+}
+
+// NetworkReady is nil, or why pods cannot get a network.
+func (s *Pods) NetworkReady() error { return s.cfg.Network.Ready() }

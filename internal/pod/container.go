@@ -1,0 +1,547 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/keeper"
+	"sampan.dev/sampan/internal/spec"
+	"sampan.dev/sampan/internal/state"
+)
+
+// Container is one container. What it was asked to be never changes.
+type Container struct {
+	containerRecord
+
+	created chan struct{} // closed when its creation has succeeded or been undone
+	exited  chan struct{} // closed when it has exited
+
+	mu        sync.Mutex
+	state     State
+	process   host.Process
+	user      *userRecord
+	startedAt time.Time
+	exit      *keeper.Exit
+	resources *runtimeapi.LinuxContainerResources
+	abandon   context.CancelFunc // ends its creation
+}
+
+// State is where a container is in its life.
+type State int
+
+const (
+	Creating State = iota // invisible
+	Created
+	Running
+	Exited
+	Removing // invisible to nobody, but on its way out
+)
+
+// ContainerStatus is a snapshot of a container.
+type ContainerStatus struct {
+	ID, PodID   string
+	Config      containerConfig // read-only
+	ImageID     string
+	ImageDigest string // name@digest, may be empty
+	CreatedAt   time.Time
+	StartedAt   time.Time // zero if it never started
+	State       State
+	Exit        keeper.Exit // of an exited container
+	Process     host.Process
+	Resources   *runtimeapi.LinuxContainerResources // as last updated
+	StopSignal  unix.Signal
+	User        *runtimeapi.ContainerUser
+	LogPath     string
+}
+
+// Status returns what is known of the container; it never waits.
+func (c *Container) Status() ContainerStatus {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	st := ContainerStatus{
+		ID: c.ID, PodID: c.PodID, Config: c.Config, ImageID: c.ImageID, ImageDigest: c.ImageDigest,
+		CreatedAt: c.CreatedAt, StartedAt: c.startedAt, State: c.state, Process: c.process,
+		Resources: c.resources, StopSignal: unix.Signal(c.StopSignal),
+	}
+	if c.exit != nil {
+		st.Exit = *c.exit
+		st.State = Exited
+	}
+	if c.user != nil {
+		st.User = &runtimeapi.ContainerUser{Linux: &runtimeapi.LinuxContainerUser{Uid: c.user.UID, Gid: c.user.GID, SupplementalGroups: c.user.Groups}}
+	}
+	return st
+}
+
+func (c *Container) visible() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.state != Creating
+}
+
+// String names the container as people do, for errors.
+func (c *Container) String() string {
+	return fmt.Sprintf("container %s (%s)", c.Config.GetMetadata().GetName(), short(c.ID))
+}
+
+// end records that the container has exited; the first word counts.
+func (c *Container) end(exit keeper.Exit) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.exit != nil {
+		return
+	}
+	c.exit = &exit
+	if c.state < Exited {
+		c.state = Exited
+	}
+	close(c.exited)
+}
+
+// giveUp makes a creation under way undo itself.
+func (c *Container) giveUp() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.abandon != nil {
+		c.abandon()
+	}
+}
+
+func (c *Container) waitCreated(ctx context.Context) error {
+	c.giveUp()
+	select {
+	case <-c.created:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%v is still being created and does not give up: %w", c, context.Cause(ctx))
+	}
+}
+
+// CreateContainer makes a container in a pod and returns its id. The config has
+// passed spec.ValidateContainer. A container of the same name and attempt in the
+// pod is the answer if it is there already or being made; if its configuration
+// is another the error is ErrAlreadyExists.
+func (s *Pods) CreateContainer(ctx context.Context, podID string, config *runtimeapi.ContainerConfig) (string, error) {
+	p, err := s.pod(podID)
+	if err != nil {
+		return "", err
+	}
+	m := config.GetMetadata()
+	key := strings.Join([]string{"create", p.ID, m.GetName(), fmt.Sprint(m.GetAttempt())}, "\x00")
+	return s.ops.Do(ctx, key, func(ctx context.Context) (string, error) {
+		for _, c := range s.containersOf(p.ID) {
+			if !proto.Equal(c.Config.GetMetadata(), m) {
+				continue
+			}
+			if !proto.Equal(c.Config.ContainerConfig, config) {
+				return "", fmt.Errorf("%v exists in %v with another configuration; remove it or use a new attempt: %w", c, p, errdefs.ErrAlreadyExists)
+			}
+			return c.ID, nil
+		}
+		return s.createContainer(ctx, p, config)
+	})
+}
+
+func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.ContainerConfig) (string, error) {
+	image, err := s.cfg.Images.Get(imageName(config))
+	if err != nil {
+		return "", fmt.Errorf("create container %s: image: %w", config.GetMetadata().GetName(), err)
+	}
+	signal, err := spec.StopSignal(config, image.Config)
+	if err != nil {
+		return "", err
+	}
+	ctx, abandon := context.WithCancel(ctx)
+	defer abandon()
+	c := &Container{
+		containerRecord: containerRecord{
+			ID: newID(), PodID: p.ID, CreatedAt: time.Now(), ImageID: image.ID, StopSignal: int(signal),
+			Config: containerConfig{config},
+		},
+		created: make(chan struct{}), exited: make(chan struct{}),
+		resources: config.GetLinux().GetResources(), abandon: abandon,
+	}
+	defer close(c.created)
+	if len(image.RepoDigests) > 0 {
+		c.ImageDigest = image.RepoDigests[0]
+	}
+	if err := s.admit(p, c); err != nil {
+		return "", err
+	}
+	if err := s.assemble(ctx, p, c); err != nil {
+		err = fmt.Errorf("create %v: %w", c, err)
+		undo, cancel := undoContext(ctx)
+		defer cancel()
+		if uerr := s.undoContainer(undo, p, c); uerr != nil {
+			// Visible, so that the client can remove what is left.
+			c.end(keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: fmt.Sprintf("%v; and undoing it: %v", err, uerr)})
+			return "", fmt.Errorf("%w (undo: %w)", err, uerr)
+		}
+		return "", err
+	}
+	return c.ID, nil
+}
+
+// imageName prefers what the client resolved already.
+func imageName(config *runtimeapi.ContainerConfig) string { return config.GetImage().GetImage() }
+
+// admit lets a container into a pod that is ready. From here on a Stop of the
+// pod finds it.
+func (s *Pods) admit(p *Pod, c *Container) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.phase != ready {
+		return fmt.Errorf("create %v: %v is not ready: %w", c, p, errdefs.ErrFailedPrecondition)
+	}
+	s.addContainer(c)
+	return nil
+}
+
+// assemble makes the container, each step recorded or derivable before it is
+// taken.
+func (s *Pods) assemble(ctx context.Context, p *Pod, c *Container) error {
+	if err := s.recordContainer(c); err != nil {
+		return err
+	}
+	image, err := s.cfg.Images.Acquire(c.ImageID, c.ID)
+	if err != nil {
+		return err
+	}
+	oci, err := s.prepare(ctx, p, c, image)
+	if err != nil {
+		return err
+	}
+	k, err := s.keeper(ctx, p)
+	if err != nil {
+		return err
+	}
+	resp, err := k.Create(ctx, keeper.CreateRequest{
+		ID: c.ID, PodID: p.ID, Bundle: s.paths.bundle(c.ID), Handler: s.cfg.Handlers[p.Runtime],
+		LogPath: logPath(p, c), ExitRecord: s.paths.exit(c.ID),
+		Terminal: c.Config.GetTty(), Stdin: c.Config.GetStdin(), StdinOnce: c.Config.GetStdinOnce(),
+	})
+	if err != nil {
+		return err
+	}
+	u := oci.Process.User
+	user := &userRecord{UID: int64(u.UID), GID: int64(u.GID)}
+	for _, g := range u.AdditionalGids {
+		user.Groups = append(user.Groups, int64(g))
+	}
+	if err := state.Write(filepath.Join(s.paths.container(c.ID), "created"), createdKind, createdRecord{resp.Process, user}, state.Volatile); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("the pod was stopped meanwhile: %w", errdefs.ErrAborted)
+	}
+	if c.exit == nil {
+		c.state = Created
+	}
+	c.process, c.user, c.abandon = resp.Process, user, nil
+	return nil
+}
+
+func logPath(p *Pod, c *Container) string {
+	dir, name := p.Config.GetLogDirectory(), c.Config.GetLogPath()
+	if dir == "" || name == "" {
+		return ""
+	}
+	return filepath.Join(dir, name)
+}
+
+// StartContainer runs a created container. It fails with ErrFailedPrecondition
+// if it was started before.
+func (s *Pods) StartContainer(ctx context.Context, id string) error {
+	c, err := s.container(id)
+	if err != nil {
+		return err
+	}
+	_, err = s.ops.Do(ctx, "start\x00"+c.ID, func(ctx context.Context) (string, error) {
+		if err := s.startContainer(ctx, c); err != nil {
+			return "", fmt.Errorf("start %v: %w", c, err)
+		}
+		return "", nil
+	})
+	return err
+}
+
+func (s *Pods) startContainer(ctx context.Context, c *Container) error {
+	st := c.Status()
+	if st.State != Created {
+		return fmt.Errorf("it is %v, not created: %w", st.State, errdefs.ErrFailedPrecondition)
+	}
+	k, err := s.keeperOf(ctx, c)
+	if err != nil {
+		return err
+	}
+	at, err := k.Start(ctx, c.ID)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	c.startedAt = at
+	if c.exit == nil && c.state == Created {
+		c.state = Running
+	}
+	c.mu.Unlock()
+	return state.Write(filepath.Join(s.paths.container(c.ID), "started"), startedKind, startedRecord{at}, state.Volatile)
+}
+
+// String returns the state as in "it is running".
+func (s State) String() string {
+	return [...]string{"being created", "created", "running", "exited", "being removed"}[s]
+}
+
+func (s *Pods) keeperOf(ctx context.Context, c *Container) (Keeper, error) {
+	p, err := s.pod(c.PodID)
+	if err != nil {
+		return nil, err
+	}
+	return s.keeper(ctx, p)
+}
+
+// StopContainer sends the container's stop signal and, after the grace period,
+// SIGKILL to all its processes. It may be called any number of times; an unknown
+// container is stopped.
+func (s *Pods) StopContainer(ctx context.Context, id string, grace time.Duration) error {
+	c, err := s.container(id)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	p, err := s.pod(c.PodID)
+	if err != nil {
+		return err
+	}
+	// Two stops with different grace periods must not wait for each other.
+	key := fmt.Sprintf("stop\x00%s\x00%d", c.ID, grace)
+	_, err = s.ops.Do(ctx, key, func(ctx context.Context) (string, error) {
+		if err := s.stopContainer(ctx, p, c, grace); err != nil {
+			return "", fmt.Errorf("stop %v: %w", c, err)
+		}
+		return "", nil
+	})
+	return err
+}
+
+func (s *Pods) stopContainer(ctx context.Context, p *Pod, c *Container, grace time.Duration) error {
+	if c.Status().State == Exited {
+		return nil
+	}
+	if grace > 0 {
+		k, err := s.keeper(ctx, p)
+		if err != nil {
+			return err
+		}
+		if err := k.Signal(ctx, c.ID, unix.Signal(c.StopSignal), false); err != nil && !isGone(err) {
+			return err
+		}
+		wait, cancel := context.WithTimeout(ctx, grace)
+		defer cancel()
+		if c.waitExited(wait) == nil {
+			return nil
+		}
+	}
+	return s.kill(ctx, p, c)
+}
+
+// kill ends the container now, with all its processes.
+func (s *Pods) kill(ctx context.Context, p *Pod, c *Container) error {
+	if c.Status().State == Exited {
+		return nil
+	}
+	k, err := s.keeper(ctx, p)
+	if err != nil {
+		return err
+	}
+	if err := k.Signal(ctx, c.ID, unix.SIGKILL, true); err != nil && !isGone(err) {
+		return err
+	}
+	wait, cancel := context.WithTimeout(ctx, maxKill)
+	defer cancel()
+	if err := c.waitExited(wait); err != nil {
+		return fmt.Errorf("%v was killed, but does not end: the kernel still works for it, perhaps on a volume that hangs: %w", c, err)
+	}
+	return nil
+}
+
+// isGone reports errors of signalling what has exited already.
+func isGone(err error) bool { return errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) }
+
+func (c *Container) waitExited(ctx context.Context) error {
+	select {
+	case <-c.exited:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// RemoveContainer ends the container and removes all there is of it. An unknown
+// container is removed already.
+func (s *Pods) RemoveContainer(ctx context.Context, id string) error {
+	c, err := s.container(id)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return s.removeContainer(ctx, c)
+}
+
+func (s *Pods) removeContainer(ctx context.Context, c *Container) error {
+	_, err := s.ops.Do(ctx, "remove\x00"+c.ID, func(ctx context.Context) (string, error) {
+		p, err := s.pod(c.PodID)
+		if errdefs.IsNotFound(err) {
+			return "", nil // it went with its pod
+		}
+		if err != nil {
+			return "", err
+		}
+		if err := s.undoContainer(ctx, p, c); err != nil {
+			return "", fmt.Errorf("remove %v: %w", c, err)
+		}
+		return "", nil
+	})
+	return err
+}
+
+// UpdateContainer changes the limits of a created or running container. On error
+// they are what they were.
+func (s *Pods) UpdateContainer(ctx context.Context, id string, update *runtimeapi.LinuxContainerResources) error {
+	c, err := s.container(id)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	merged, st := spec.MergeResources(c.resources, update), c.state
+	c.mu.Unlock()
+	if st != Created && st != Running {
+		return fmt.Errorf("update %v: it is %v: %w", c, st, errdefs.ErrFailedPrecondition)
+	}
+	limits, err := spec.Resources(merged, s.cfg.Facts)
+	if err != nil {
+		return fmt.Errorf("update %v: %w", c, err)
+	}
+	k, err := s.keeperOf(ctx, c)
+	if err != nil {
+		return err
+	}
+	if err := k.Update(ctx, c.ID, limits); err != nil {
+		return fmt.Errorf("update %v: %w", c, err)
+	}
+	if err := state.Write(filepath.Join(s.paths.container(c.ID), "resources"), resourcesKind, linuxResources{merged}, state.Volatile); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.resources = merged
+	return nil
+}
+
+// ReopenLog makes the output of a running container go to the file that is at
+// its log path now.
+func (s *Pods) ReopenLog(ctx context.Context, id string) error {
+	_, k, err := s.running(ctx, id)
+	if err != nil {
+		return err
+	}
+	return k.ReopenLog(ctx, id)
+}
+
+// Exec runs a further process in a running container and waits for its end.
+func (s *Pods) Exec(ctx context.Context, r keeper.ExecRequest) (keeper.ExecResult, error) {
+	c, k, err := s.running(ctx, r.ID)
+	if err != nil {
+		return keeper.ExecResult{}, err
+	}
+	r.ID = c.ID
+	return k.Exec(ctx, r)
+}
+
+// ExecOutput is Exec with the output returned, of each stream at most limit bytes.
+func (s *Pods) ExecOutput(ctx context.Context, r keeper.ExecRequest, limit int) (stdout, stderr []byte, res keeper.ExecResult, err error) {
+	c, k, err := s.running(ctx, r.ID)
+	if err != nil {
+		return nil, nil, keeper.ExecResult{}, err
+	}
+	r.ID = c.ID
+	return k.ExecOutput(ctx, r, limit)
+}
+
+func (s *Pods) running(ctx context.Context, id string) (*Container, Keeper, error) {
+	c, err := s.container(id)
+	if err != nil {
+		return nil, nil, err
+	}
+	if st := c.Status().State; st != Running {
+		return nil, nil, fmt.Errorf("%v is %v, not running: %w", c, st, errdefs.ErrFailedPrecondition)
+	}
+	k, err := s.keeperOf(ctx, c)
+	return c, k, err
+}
+
+// onExit is told by the keeper, after the exit is recorded.
+func (s *Pods) onExit(id string, exit keeper.Exit) {
+	s.mu.RLock()
+	c, p := s.containers[id], s.pods[id]
+	s.mu.RUnlock()
+	switch {
+	case c != nil:
+		c.end(exit)
+	case p != nil:
+		// Its init: with it the pod's PID namespace is gone.
+		if p.Status().Ready {
+			p.fail(fmt.Sprintf("the process that holds the pod's PID namespace ended with code %d", exit.Code))
+		}
+	}
+}
+
+// undoContainer removes all there is of a container, in whatever state: the one
+// way out for failed creations, removals and recovery.
+func (s *Pods) undoContainer(ctx context.Context, p *Pod, c *Container) error {
+	k, err := s.keeper(ctx, p)
+	if err != nil {
+		return err
+	}
+	if err := k.Delete(ctx, c.ID); err != nil {
+		return err
+	}
+	return s.undoFiles(c.ID)
+}
+
+// undoFiles removes what is left of a container no keeper knows any more.
+func (s *Pods) undoFiles(id string) error {
+	if err := s.cfg.Layers.Unmount(s.paths.rootfs(id)); err != nil {
+		return err
+	}
+	if err := s.removeStateDir(s.paths.containerState(id)); err != nil {
+		return err
+	}
+	if err := s.discard(s.paths.container(id)); err != nil {
+		return err
+	}
+	s.cfg.Images.Release(id)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.containers, id)
+	return nil
+}
+
+var errNoPod = errors.New("its pod is unknown")

@@ -1,0 +1,240 @@
+package pod
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
+	securejoin "github.com/cyphar/filepath-securejoin"
+	"github.com/cyphar/filepath-securejoin/pathrs-lite"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/layer"
+	"sampan.dev/sampan/internal/spec"
+	"sampan.dev/sampan/internal/state"
+)
+
+// maxAccountFile bounds how much of an image's /etc/passwd or group is read.
+const maxAccountFile = 4 << 20
+
+func (s *Pods) recordContainer(c *Container) error {
+	dir := s.paths.container(c.ID)
+	if err := os.Mkdir(dir, 0o711); err != nil {
+		return err
+	}
+	return state.Write(filepath.Join(dir, "config"), containerKind, c.containerRecord, state.Volatile)
+}
+
+// prepare mounts the root file system and writes the bundle.
+func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (*specs.Spec, error) {
+	rootfs, dir := s.paths.rootfs(c.ID), s.paths.container(c.ID)
+	if err := os.MkdirAll(s.paths.bundle(c.ID), 0o711); err != nil {
+		return nil, err
+	}
+	if err := s.cfg.Layers.Mount(ctx, layer.MountSpec{
+		Layers: image.Layers, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), Target: rootfs,
+	}); err != nil {
+		return nil, err
+	}
+	in, err := s.specInput(p, c, image)
+	if err != nil {
+		return nil, err
+	}
+	oci, err := spec.Build(in)
+	if err != nil {
+		return nil, err
+	}
+	if err := makeLogDir(logPath(p, c)); err != nil {
+		return nil, err
+	}
+	return oci, writeBundle(s.paths.bundle(c.ID), oci)
+}
+
+func writeBundle(dir string, oci *specs.Spec) error {
+	data, err := json.Marshal(oci)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "config.json"), data, 0o600)
+}
+
+func makeLogDir(path string) error {
+	if path == "" {
+		return nil
+	}
+	return os.MkdirAll(filepath.Dir(path), 0o755)
+}
+
+// specInput reads everything the spec depends on.
+func (s *Pods) specInput(p *Pod, c *Container, image Image) (spec.Input, error) {
+	rootfs := s.paths.rootfs(c.ID)
+	in := spec.Input{
+		PodID: p.ID, ContainerID: c.ID, Pod: p.Config.PodSandboxConfig, Container: c.Config.ContainerConfig,
+		Image: image.Config, Rootfs: rootfs, Hostname: hostname(p.Config.PodSandboxConfig),
+		CgroupsPath: s.cgroupsPath(p, c.ID), Files: s.files(p), Host: s.cfg.Facts,
+	}
+	var err error
+	for file, content := range map[string]*[]byte{"etc/passwd": &in.Passwd, "etc/group": &in.Group} {
+		if *content, err = readInRoot(rootfs, file); err != nil {
+			return in, fmt.Errorf("image: /%s: %w", file, err)
+		}
+	}
+	if in.Namespaces, err = s.specNamespaces(p, c.Config.ContainerConfig); err != nil {
+		return in, err
+	}
+	if in.Sources, err = mountSources(c.Config.GetMounts()); err != nil {
+		return in, err
+	}
+	if in.Volumes, err = s.imageVolumes(c, image, rootfs); err != nil {
+		return in, err
+	}
+	if err := addDevices(&in, c.Config.ContainerConfig); err != nil {
+		return in, err
+	}
+	file, err := spec.SeccompFile(c.Config.ContainerConfig)
+	if err != nil || file == "" {
+		return in, err
+	}
+	in.SeccompProfile, err = os.ReadFile(file)
+	if err != nil {
+		return in, fmt.Errorf("linux.security_context.seccomp: read profile: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return in, nil
+}
+
+// readInRoot reads a file of an image, which may have links anywhere; absent is
+// nil.
+func readInRoot(root, name string) ([]byte, error) {
+	handle, err := pathrs.OpenInRoot(root, name)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer handle.Close()
+	info, err := handle.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() || info.Size() > maxAccountFile {
+		return nil, fmt.Errorf("it is no regular file of at most %d bytes: %w", maxAccountFile, errdefs.ErrInvalidArgument)
+	}
+	f, err := pathrs.Reopen(handle, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, maxAccountFile))
+}
+
+func (s *Pods) specNamespaces(p *Pod, config *runtimeapi.ContainerConfig) (spec.Namespaces, error) {
+	pins := s.namespaces(p)
+	ns := spec.Namespaces{Network: pins.Net, IPC: pins.IPC, UTS: pins.UTS}
+	switch mode, target := spec.PIDMode(p.Config.PodSandboxConfig, config); mode {
+	case runtimeapi.NamespaceMode_POD:
+		ns.PID = s.pinned(p.ID, "pid")
+	case runtimeapi.NamespaceMode_TARGET:
+		t, err := s.container(target)
+		if err != nil {
+			return ns, fmt.Errorf("linux.security_context.namespace_options.target_id: %w", err)
+		}
+		st := t.Status()
+		if st.PodID != p.ID || st.State != Running {
+			return ns, fmt.Errorf("linux.security_context.namespace_options.target_id: %v is not a running container of %v: %w", t, p, errdefs.ErrInvalidArgument)
+		}
+		ns.PID = fmt.Sprintf("/proc/%d/ns/pid", st.Process.Pid)
+	}
+	return ns, nil
+}
+
+// mountSources looks at the host's side of each mount. A source that is absent
+// is made a directory, as kubelets expect of hostPath volumes without a type.
+func mountSources(mounts []*runtimeapi.Mount) ([]spec.Source, error) {
+	sources := make([]spec.Source, len(mounts))
+	for i, m := range mounts {
+		field := fmt.Sprintf("mounts[%d].host_path", i)
+		if m.GetImage().GetImage() != "" {
+			return nil, fmt.Errorf("mounts[%d].image: image volumes are not supported yet: %w", i, errdefs.ErrNotImplemented)
+		}
+		path, err := mountSource(m.GetHostPath())
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", field, err)
+		}
+		sources[i].Path = path
+		if m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_PRIVATE {
+			continue
+		}
+		if sources[i].Shared, sources[i].Slave, err = host.Propagation(path); err != nil {
+			return nil, fmt.Errorf("%s: %w", field, err)
+		}
+	}
+	return sources, nil
+}
+
+func mountSource(path string) (string, error) {
+	if !filepath.IsAbs(path) {
+		return "", fmt.Errorf("%q is not an absolute path: %w", path, errdefs.ErrInvalidArgument)
+	}
+	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+		if err := os.MkdirAll(path, 0o755); err != nil {
+			return "", fmt.Errorf("%q is absent and cannot be made: %w: %w", path, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return "", fmt.Errorf("%q cannot be followed to a file or directory: %w: %w", path, err, errdefs.ErrInvalidArgument)
+	}
+	return real, nil
+}
+
+// imageVolumes makes a directory for each VOLUME of the image, with what the
+// image has there.
+func (s *Pods) imageVolumes(c *Container, image Image, rootfs string) (map[string]string, error) {
+	volumes := make(map[string]string)
+	for i, path := range spec.ImageVolumes(c.Config.ContainerConfig, image.Config) {
+		dir := filepath.Join(s.paths.container(c.ID), "volumes", strconv.Itoa(i))
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, err
+		}
+		// The rootfs is not in use yet, so that nobody can swap links under this.
+		source, err := securejoin.SecureJoin(rootfs, path)
+		if err != nil {
+			return nil, fmt.Errorf("image volume %s: %w", path, err)
+		}
+		if info, err := os.Stat(source); err == nil && info.IsDir() {
+			if err := fs.CopyDir(dir, source); err != nil {
+				return nil, fmt.Errorf("image volume %s: copy its content: %w", path, err)
+			}
+		}
+		volumes[path] = dir
+	}
+	return volumes, nil
+}
+
+func addDevices(in *spec.Input, config *runtimeapi.ContainerConfig) error {
+	in.Devices = make(map[string][]host.Device)
+	for i, d := range config.GetDevices() {
+		devices, err := host.Devices(d.GetHostPath())
+		if err != nil {
+			return fmt.Errorf("devices[%d].host_path: %w", i, err)
+		}
+		in.Devices[d.GetHostPath()] = devices
+	}
+	if !config.GetLinux().GetSecurityContext().GetPrivileged() {
+		return nil
+	}
+	var err error
+	in.HostDevices, err = host.AllDevices()
+	return err
+}
