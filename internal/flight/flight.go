@@ -19,6 +19,10 @@ type Group[K comparable, V any] struct {
 	// that a later caller finds it under way, and bounds how long it may take.
 	Limit time.Duration
 
+	// Linger makes the last caller who leaves wait until the work it abandons
+	// has wound down, for work that must have left nothing behind by then.
+	Linger bool
+
 	mu    sync.Mutex
 	calls map[K]*call[V]
 }
@@ -37,14 +41,16 @@ type call[V any] struct {
 // waits any more. When ctx ends first, Do returns its cause at once.
 //
 // The next Do for a key whose work was abandoned starts afresh; abandoned work
-// may still be winding down then.
+// may still be winding down then. Unless Linger is set, nobody waits for that.
 func (g *Group[K, V]) Do(ctx context.Context, key K, work func(context.Context) (V, error)) (V, error) {
 	c := g.join(ctx, key, work)
 	select {
 	case <-c.done:
 		return c.value, c.err
 	case <-ctx.Done():
-		g.leave(key, c)
+		if abandoned := g.leave(key, c); abandoned && g.Linger {
+			<-c.done
+		}
 		var none V
 		return none, context.Cause(ctx)
 	}
@@ -82,15 +88,17 @@ func (g *Group[K, V]) run(ctx context.Context, key K, c *call[V], work func(cont
 	c.value, c.err = work(ctx)
 }
 
-// leave counts a caller out; the last one to go abandons the work, unless it
-// may go on.
-func (g *Group[K, V]) leave(key K, c *call[V]) {
+// leave counts a caller out. The last one to go abandons the work, unless it may
+// go on: leave reports whether that is so.
+func (g *Group[K, V]) leave(key K, c *call[V]) (abandoned bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if c.waiters--; c.waiters == 0 && g.Limit == 0 {
-		g.forget(key, c)
-		c.cancel()
+	if c.waiters--; c.waiters > 0 || g.Limit > 0 {
+		return false
 	}
+	g.forget(key, c)
+	c.cancel()
+	return true
 }
 
 // forget drops c from the table unless a later call has taken its place. The

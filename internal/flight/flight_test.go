@@ -133,3 +133,21 @@ func TestLimit(t *testing.T) {
 		}
 	})
 }
+
+func TestLinger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := Group[string, int]{Linger: true}
+		ctx, cancel := context.WithCancel(t.Context())
+		var ended atomic.Bool
+		time.AfterFunc(time.Second, cancel)
+		_, err := g.Do(ctx, "k", func(ctx context.Context) (int, error) {
+			<-ctx.Done()
+			time.Sleep(time.Second)
+			ended.Store(true)
+			return 0, ctx.Err()
+		})
+		if !errors.Is(err, context.Canceled) || !ended.Load() {
+			t.Errorf("Do returned %v; the work had ended: %v", err, ended.Load())
+		}
+	})
+}

@@ -26,7 +26,7 @@ type Source func(context.Context) (io.ReadCloser, error)
 
 // Apply returns the layer called diffID. If it is not there yet, it is unpacked
 // from what open returns; callers who ask for the same layer at the same time
-// join. On error nothing of the layer stays.
+// join. On error, a cancelled context included, nothing of the layer stays.
 //
 // The error wraps ErrDataLoss when the content is not what diffID says,
 // ErrInvalidArgument when the archive cannot be a layer, and

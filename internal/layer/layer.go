@@ -88,6 +88,7 @@ type record struct {
 // an earlier boot may have torn.
 func Open(c Config) (*Store, error) {
 	s := &Store{root: c.Root, log: c.Logger, layers: make(map[digest.Digest]record)}
+	s.flight.Linger = true
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}

@@ -201,11 +201,12 @@ func (b *blob) close() error {
 	return err
 }
 
-// isLiar reports whether host has sent a wrong blob.
+// isLiar reports whether host has sent a wrong blob and another has not.
 func (r *Repository) isLiar(host string) bool {
+	others := r.Others()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.liars[host]
+	return others && r.liars[host]
 }
 
 // Others reports whether there is an endpoint that has not lied yet.
