@@ -89,28 +89,53 @@ func minOOMScoreAdj(privileged bool) (int, error) {
 }
 
 // hasSwapLimit looks for the file that limits swap. On v2 the root cgroup has
-// none, its children do.
+// none; where the memory controller is not yet switched on for any child, a
+// kernel with swap will have it.
 func hasSwapLimit(mode CgroupLayout) bool {
-	if mode != CgroupV2 {
+	switch {
+	case mode != CgroupV2:
 		return exists("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes")
+	case anyMatch("/sys/fs/cgroup/*/memory.max"):
+		return anyMatch("/sys/fs/cgroup/*/memory.swap.max")
 	}
-	return anyMatch("/sys/fs/cgroup/*/memory.swap.max")
+	return hasController(mode, "memory") && exists("/proc/swaps")
 }
 
-// hugepageSizes lists the sizes the hugetlb controller limits.
+// hugepageSizes lists the sizes the hugetlb controller limits, named as its
+// files are: all that the kernel has.
 func hugepageSizes(mode CgroupLayout) []string {
-	pattern := "/sys/fs/cgroup/hugetlb/hugetlb.*.limit_in_bytes"
-	if mode == CgroupV2 {
-		pattern = "/sys/fs/cgroup/*/hugetlb.*.max"
+	if !hasController(mode, "hugetlb") {
+		return nil
 	}
-	files, _ := filepath.Glob(pattern) // the pattern is well-formed
+	dirs, _ := filepath.Glob("/sys/kernel/mm/hugepages/hugepages-*kB") // the pattern is well-formed
 	var sizes []string
-	for _, f := range files {
-		// hugetlb.2MB.limit_in_bytes, hugetlb.2MB.rsvd.limit_in_bytes
-		sizes = append(sizes, strings.Split(filepath.Base(f), ".")[1])
+	for _, dir := range dirs {
+		number := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(dir), "hugepages-"), "kB")
+		if kib, err := strconv.ParseUint(number, 10, 64); err == nil {
+			sizes = append(sizes, hugepageName(kib))
+		}
 	}
 	slices.Sort(sizes)
-	return slices.Compact(sizes)
+	return sizes
+}
+
+// hugepageName writes a size as the kernel does in names of hugetlb files.
+func hugepageName(kib uint64) string {
+	switch {
+	case kib >= 1<<20:
+		return strconv.FormatUint(kib>>20, 10) + "GB"
+	case kib >= 1<<10:
+		return strconv.FormatUint(kib>>10, 10) + "MB"
+	}
+	return strconv.FormatUint(kib, 10) + "KB"
+}
+
+func hasController(mode CgroupLayout, name string) bool {
+	if mode != CgroupV2 {
+		return exists("/sys/fs/cgroup/" + name)
+	}
+	data, err := os.ReadFile("/sys/fs/cgroup/cgroup.controllers")
+	return err == nil && slices.Contains(strings.Fields(string(data)), name)
 }
 
 // hasSeccomp asks for a filter without giving one: the kernel complains of the
@@ -120,11 +145,11 @@ func hasSeccomp() bool {
 	return errno == unix.EFAULT
 }
 
-// hasMountSetattr calls mount_setattr on a path that cannot be: a kernel that
-// has the call complains of the path.
+// hasMountSetattr calls mount_setattr on the empty path, which names nothing: a
+// kernel that has the call says so.
 func hasMountSetattr() bool {
-	err := unix.MountSetattr(-1, "", unix.AT_RECURSIVE, &unix.MountAttr{})
-	return !errors.Is(err, unix.ENOSYS)
+	err := unix.MountSetattr(-1, "", unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+	return errors.Is(err, unix.ENOENT)
 }
 
 func enabled(path string) bool {
@@ -188,9 +213,16 @@ func Devices(path string) ([]Device, error) {
 		}
 		return []Device{d}, nil
 	}
-	list, err := walkDevices(path, func(string) bool { return false })
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil, fmt.Errorf("find device: %w", err)
+	}
+	list, err := walkDevices(real, func(string) bool { return false })
 	if err != nil {
 		return nil, fmt.Errorf("list devices below %s: %w", path, err)
+	}
+	for i := range list {
+		list[i].Path = filepath.Join(path, strings.TrimPrefix(list[i].Path, real))
 	}
 	return list, nil
 }

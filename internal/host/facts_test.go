@@ -109,6 +109,36 @@ func TestDevices(t *testing.T) {
 	}
 }
 
+func TestDevicesBelowADirectory(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mknod(filepath.Join(dir, "node"), unix.S_IFCHR|0o640, int(unix.Mkdev(1, 7))); errors.Is(err, unix.EPERM) {
+		t.Skip("this process may not make device nodes")
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("node", filepath.Join(dir, "alias")); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{dir, link} {
+		got, err := Devices(path)
+		if err != nil || len(got) != 1 || got[0].Path != filepath.Join(path, "node") || got[0].Minor != 7 {
+			t.Errorf("Devices(%s) = %+v, %v", path, got, err)
+		}
+	}
+}
+
+func TestHugepageName(t *testing.T) {
+	for kib, want := range map[uint64]string{64: "64KB", 2048: "2MB", 32768: "32MB", 1 << 20: "1GB", 16 << 20: "16GB"} {
+		if got := hugepageName(kib); got != want {
+			t.Errorf("%d KiB: %s, want %s", kib, got, want)
+		}
+	}
+}
+
 func TestAllDevices(t *testing.T) {
 	list, err := AllDevices()
 	if err != nil {

@@ -31,48 +31,50 @@ var defaultCapabilities = []string{
 // container could not get it, and runtimes refuse to try.
 func capabilities(in Input) (*specs.LinuxCapabilities, error) {
 	sc := in.Container.GetLinux().GetSecurityContext()
-	asked := sc.GetCapabilities()
-
-	caps := slices.Clone(defaultCapabilities)
-	var ambient []string
-	if sc.GetPrivileged() {
-		caps = slices.Clone(in.Host.Capabilities)
-	} else {
-		add, err := capabilityNames("add_capabilities", asked.GetAddCapabilities())
-		if err != nil {
+	caps, ambient := in.Host.Capabilities, []string(nil)
+	if !sc.GetPrivileged() {
+		var err error
+		if caps, ambient, err = askedCapabilities(sc.GetCapabilities(), in.Host.Capabilities); err != nil {
 			return nil, err
 		}
-		drop, err := capabilityNames("drop_capabilities", asked.GetDropCapabilities())
-		if err != nil {
-			return nil, err
-		}
-		if ambient, err = capabilityNames("add_ambient_capabilities", asked.GetAddAmbientCapabilities()); err != nil {
-			return nil, err
-		}
-		if slices.Contains(ambient, allCapabilities) {
-			ambient = slices.Clone(in.Host.Capabilities)
-		}
-		if slices.Contains(add, allCapabilities) {
-			caps = slices.Clone(in.Host.Capabilities)
-		}
-		if slices.Contains(drop, allCapabilities) {
-			caps = nil // dropping all leaves what is added by name
-		}
-		caps = append(append(caps, add...), ambient...)
-		dropped := func(c string) bool { return slices.Contains(drop, c) }
-		caps = slices.DeleteFunc(caps, dropped)
-		ambient = slices.DeleteFunc(ambient, dropped)
 	}
-
-	caps = onHost(caps, in.Host.Capabilities)
-	ambient = onHost(ambient, in.Host.Capabilities)
 	return &specs.LinuxCapabilities{
-		Bounding:    caps,
-		Permitted:   slices.Clone(caps),
-		Effective:   slices.Clone(caps),
-		Inheritable: ambient,
-		Ambient:     slices.Clone(ambient),
+		Bounding:    onHost(caps, in.Host.Capabilities),
+		Permitted:   onHost(caps, in.Host.Capabilities),
+		Effective:   onHost(caps, in.Host.Capabilities),
+		Inheritable: onHost(ambient, in.Host.Capabilities),
+		Ambient:     onHost(ambient, in.Host.Capabilities),
 	}, nil
+}
+
+// askedCapabilities applies the lists of the CRI to the defaults. Dropping ALL
+// leaves what is added by name; otherwise what is dropped is not there, added
+// or not.
+func askedCapabilities(c *runtimeapi.Capability, all []string) (caps, ambient []string, err error) {
+	add, err := capabilityNames("add_capabilities", c.GetAddCapabilities())
+	if err != nil {
+		return nil, nil, err
+	}
+	drop, err := capabilityNames("drop_capabilities", c.GetDropCapabilities())
+	if err != nil {
+		return nil, nil, err
+	}
+	if ambient, err = capabilityNames("add_ambient_capabilities", c.GetAddAmbientCapabilities()); err != nil {
+		return nil, nil, err
+	}
+	if slices.Contains(ambient, allCapabilities) {
+		ambient = slices.Clone(all)
+	}
+	base := defaultCapabilities
+	if slices.Contains(add, allCapabilities) {
+		base = all
+	}
+	if slices.Contains(drop, allCapabilities) {
+		base = nil
+	}
+	dropped := func(name string) bool { return slices.Contains(drop, name) }
+	caps = slices.DeleteFunc(slices.Concat(base, add, ambient), dropped)
+	return caps, slices.DeleteFunc(ambient, dropped), nil
 }
 
 // onHost returns those of host, in host's order, that are in caps.

@@ -110,6 +110,7 @@ func seccompProfile(sc *runtimeapi.LinuxContainerSecurityContext) (*runtimeapi.S
 	p := sc.GetSeccomp()
 	if p == nil {
 		var err error
+		//lint:ignore SA1019 kubelets before 1.19 send nothing else
 		p, err = profileOf(field+"_profile_path", sc.GetSeccompProfilePath())
 		if err != nil || p == nil {
 			return nil, err
@@ -152,6 +153,7 @@ func apparmorProfile(sc *runtimeapi.LinuxContainerSecurityContext) (*runtimeapi.
 	p := sc.GetApparmor()
 	if p == nil {
 		var err error
+		//lint:ignore SA1019 kubelets before 1.20 send nothing else
 		if p, err = profileOf(field+"_profile", sc.GetApparmorProfile()); err != nil {
 			return nil, err
 		}

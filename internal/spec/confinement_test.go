@@ -1,5 +1,7 @@
 package spec
 
+//lint:file-ignore SA1019 the deprecated fields are tested as well
+
 import (
 	"slices"
 	"testing"

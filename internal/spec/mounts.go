@@ -40,12 +40,7 @@ func mounts(s *specs.Spec, in Input) error {
 	return nil
 }
 
-func depth(p string) int {
-	if p = path.Clean(p); p == "/" {
-		return 0
-	}
-	return strings.Count(p, "/")
-}
+func depth(p string) int { return strings.Count(path.Clean(p), "/") }
 
 // systemMounts are the kernel's file systems every container has.
 func systemMounts(in Input) []specs.Mount {

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"fmt"
 	"math"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -200,7 +202,7 @@ func parseAccount(line []byte) (account, bool) {
 		return account{}, false
 	}
 	a := account{name: string(f[0]), uid: uid, gid: gid, home: "/"}
-	if len(f) > 5 && len(f[5]) > 0 {
+	if len(f) > 5 && path.IsAbs(string(f[5])) && utf8.Valid(f[5]) {
 		a.home = string(f[5])
 	}
 	return a, true
