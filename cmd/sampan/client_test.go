@@ -126,12 +126,16 @@ func TestRemoveLeavesLogsOfOthersAlone(t *testing.T) {
 	if len(f.pods) != 0 || len(logDirectories(t, namespace)) != 1 {
 		t.Errorf("pods %v, logs %v", f.pods, logDirectories(t, namespace))
 	}
-	evil := &runtimeapi.PodSandbox{
-		Metadata:    &runtimeapi.PodSandboxMetadata{Name: "/../../../etc", Namespace: "a", Uid: "u"},
-		Annotations: map[string]string{runAnnotation: "true"},
+	outside := t.TempDir()
+	if err := os.WriteFile(filepath.Join(outside, runMark), nil, 0o644); err != nil {
+		t.Fatal(err)
 	}
+	// Its directory is logRoot/x_/../../../..OUTSIDE/_u/..
+	evil := &runtimeapi.PodSandbox{Metadata: &runtimeapi.PodSandboxMetadata{Namespace: "x", Name: "/../../../.." + outside + "/", Uid: "/.."}}
 	if dir, ok := ownLogDirectory(evil); ok {
 		t.Errorf("would remove %s", dir)
+	} else if dir != outside {
+		t.Errorf("the test's pod has the directory %s, not %s", dir, outside)
 	}
 }
 

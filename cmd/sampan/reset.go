@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -40,7 +41,11 @@ runs (sampan pod rm --all), for only then do the plugins hear of it.`,
 				conn.Close()
 				return errors.New("reset: a daemon serves " + c.Listen + "; stop it first")
 			}
-			return reset.All(cmd.Context(), reset.Target{Root: c.Root, State: c.State, Link: "sampan0", NetNS: "/run/netns", Cgroups: "sampan"})
+			return reset.All(cmd.Context(), reset.Target{
+				Root: c.Root, State: c.State, Link: "sampan0", NetNS: "/run/netns/sampan-*",
+				Cgroups: []string{"sampan", "sampan.keeper-*"},
+				Marks:   filepath.Join(logRoot, "*", runMark),
+			})
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", "", "configuration file of the daemon")

@@ -21,9 +21,9 @@ import (
 // logRoot is where the kubelet keeps pods' logs, so that tools find ours too.
 const logRoot = "/var/log/pods"
 
-// runAnnotation marks the pods of `sampan run`, whose log directory goes with
-// them. Those of the kubelet are the kubelet's.
-const runAnnotation = "sampan.dev/run"
+// runMark is a file in the log directories that `sampan run` makes: they go with
+// their pods. Those of the kubelet are the kubelet's.
+const runMark = ".sampan-run"
 
 // order is what `sampan run` was asked for.
 type order struct {
@@ -79,10 +79,6 @@ func (c *client) run(ctx context.Context, o order) (*runtimeapi.PodSandboxStatus
 	if err := c.ensureImage(ctx, o.image); err != nil {
 		return nil, err
 	}
-	// As the kubelet does before it asks for a pod.
-	if err := os.MkdirAll(filepath.Join(pod.GetLogDirectory(), container.GetMetadata().GetName()), 0o755); err != nil {
-		return nil, fmt.Errorf("make log directory: %w", err)
-	}
 	status, err := c.start(ctx, o, pod, container)
 	if err == nil {
 		return status, nil
@@ -118,6 +114,9 @@ func (c *client) ensureImage(ctx context.Context, reference string) error {
 }
 
 func (c *client) start(ctx context.Context, o order, pod *runtimeapi.PodSandboxConfig, container *runtimeapi.ContainerConfig) (*runtimeapi.PodSandboxStatus, error) {
+	if err := makeLogDirectory(pod, container); err != nil {
+		return nil, err
+	}
 	ran, err := c.runtime.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: pod, RuntimeHandler: o.handler})
 	if err != nil {
 		return nil, fmt.Errorf("run pod %s: %w", pod.GetMetadata().GetName(), err)
@@ -172,7 +171,6 @@ func (o order) pod() (*runtimeapi.PodSandboxConfig, error) {
 			"io.kubernetes.pod.namespace": m.GetNamespace(),
 			"io.kubernetes.pod.uid":       m.GetUid(),
 		},
-		Annotations: map[string]string{runAnnotation: "true"},
 		Linux: &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
 			NamespaceOptions: namespaces(network),
 			Seccomp:          &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault},
@@ -279,9 +277,22 @@ func logDirectory(m *runtimeapi.PodSandboxMetadata) string {
 	return filepath.Join(logRoot, m.GetNamespace()+"_"+m.GetName()+"_"+m.GetUid())
 }
 
-// ownLogDirectory returns the log directory of a pod that `sampan run` made. It
-// does not trust the pod's words further than that.
+// makeLogDirectory does what the kubelet does before it asks for a pod.
+func makeLogDirectory(pod *runtimeapi.PodSandboxConfig, container *runtimeapi.ContainerConfig) error {
+	err := os.MkdirAll(filepath.Join(pod.GetLogDirectory(), container.GetMetadata().GetName()), 0o755)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(pod.GetLogDirectory(), runMark), nil, 0o644)
+	}
+	if err != nil {
+		return fmt.Errorf("make log directory: %w", err)
+	}
+	return nil
+}
+
+// ownLogDirectory returns the log directory of a pod that `sampan run` made. A
+// pod's name may be anything, so it is not trusted to stay within logRoot.
 func ownLogDirectory(pod *runtimeapi.PodSandbox) (string, bool) {
 	dir := logDirectory(pod.GetMetadata())
-	return dir, pod.GetAnnotations()[runAnnotation] == "true" && filepath.Dir(dir) == logRoot
+	_, err := os.Lstat(filepath.Join(dir, runMark))
+	return dir, err == nil && filepath.Dir(dir) == logRoot
 }

@@ -26,11 +26,12 @@ import (
 
 // Target says what was made where.
 type Target struct {
-	Root    string // the daemon's ROOT
-	State   string // the daemon's STATE
-	Link    string // of the built-in network: LINK and LINK-* are links, LINK a table
-	NetNS   string // directory with pins of network namespaces, called sampan-*
-	Cgroups string // start of the names of cgroups at the top of each hierarchy
+	Root    string   // the daemon's ROOT
+	State   string   // the daemon's STATE
+	Link    string   // of the built-in network: LINK and LINK-* are links, LINK a table
+	NetNS   string   // pattern of the pins of network namespaces
+	Cgroups []string // patterns of names of cgroups at the top of each hierarchy
+	Marks   string   // pattern of files; the directories they stand in are removed
 }
 
 // All removes everything, going on after an error. What is absent is no error,
@@ -47,6 +48,11 @@ func All(ctx context.Context, t Target) error {
 		removeLinks(t.Link),
 		removeTable(t.Link),
 		removeCgroups(t.Cgroups),
+	}
+	marks, err := filepath.Glob(t.Marks)
+	failed = append(failed, err)
+	for _, mark := range marks {
+		failed = append(failed, removeTree(filepath.Dir(mark)))
 	}
 	for _, dir := range []string{t.State, t.Root} {
 		failed = append(failed, removeTree(dir))
@@ -142,8 +148,8 @@ func rootIsIn(dir, mountinfo string) bool {
 	return false
 }
 
-func removeNetNS(dir string) error {
-	pins, err := filepath.Glob(filepath.Join(dir, "sampan-*"))
+func removeNetNS(pattern string) error {
+	pins, err := filepath.Glob(pattern)
 	if err != nil {
 		return err
 	}
@@ -194,17 +200,19 @@ func removeTable(name string) error {
 	return nil
 }
 
-// removeCgroups removes the cgroups whose names start with prefix at the top of
+// removeCgroups removes the cgroups whose names match a pattern at the top of
 // every hierarchy. Their processes are dead, so they are empty.
-func removeCgroups(prefix string) error {
+func removeCgroups(patterns []string) error {
 	var failed []error
 	for _, hierarchy := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/*"} {
-		dirs, err := filepath.Glob(filepath.Join(hierarchy, prefix+"*"))
-		if err != nil {
-			return err
-		}
-		for _, dir := range dirs {
-			failed = append(failed, removeCgroup(dir))
+		for _, pattern := range patterns {
+			dirs, err := filepath.Glob(filepath.Join(hierarchy, pattern))
+			if err != nil {
+				return err
+			}
+			for _, dir := range dirs {
+				failed = append(failed, removeCgroup(dir))
+			}
 		}
 	}
 	return errors.Join(failed...)

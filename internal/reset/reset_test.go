@@ -25,16 +25,20 @@ func TestAll(t *testing.T) {
 	dir := t.TempDir()
 	target := Target{
 		Root: filepath.Join(dir, "root"), State: filepath.Join(dir, "state"), Link: "smpr0",
-		NetNS: filepath.Join(dir, "netns"), Cgroups: fmt.Sprintf("smp-reset-test-%d-", os.Getpid()),
+		NetNS:   filepath.Join(dir, "netns", "sampan-*"),
+		Cgroups: []string{"none", fmt.Sprintf("smp-reset-test-%d", os.Getpid())},
+		Marks:   filepath.Join(dir, "logs", "*", ".mark"),
 	}
+	logs := [...]string{filepath.Join(dir, "logs", "ours"), filepath.Join(dir, "logs", "others")}
 	volume := filepath.Join(dir, "volume")
 	kept := filepath.Join(volume, "kept")
 	mountPoint := filepath.Join(target.State, "containers", "c", "bundle", "rootfs")
 	lower, upper, work := filepath.Join(target.Root, "layers", "l"), filepath.Join(target.Root, "upper"), filepath.Join(target.Root, "work")
-	for _, d := range []string{volume, mountPoint, filepath.Join(lower, "bin"), upper, work, target.NetNS, filepath.Join(target.Root, "bin")} {
+	for _, d := range []string{volume, mountPoint, filepath.Join(lower, "bin"), upper, work, filepath.Dir(target.NetNS), logs[0], logs[1], filepath.Join(target.Root, "bin")} {
 		must(t, os.MkdirAll(d, 0o755))
 	}
 	must(t, os.WriteFile(kept, nil, 0o644))
+	must(t, os.WriteFile(filepath.Join(logs[0], ".mark"), nil, 0o644))
 	t.Cleanup(func() {
 		host.UnmountUnder(dir)
 		removeCgroups(target.Cgroups)
@@ -66,10 +70,10 @@ func TestAll(t *testing.T) {
 	}
 	cgroups, _ := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
 	if len(cgroups) > 0 {
-		must(t, os.MkdirAll(filepath.Join(filepath.Dir(cgroups[0]), target.Cgroups+"a", "b"), 0o755))
+		must(t, os.MkdirAll(filepath.Join(filepath.Dir(cgroups[0]), target.Cgroups[1], "b"), 0o755))
 	}
 
-	pin, own := filepath.Join(target.NetNS, "sampan-1"), filepath.Join(dir, "own-netns")
+	pin, own := filepath.Join(filepath.Dir(target.NetNS), "sampan-1"), filepath.Join(dir, "own-netns")
 	for _, p := range []string{pin, own} {
 		must(t, host.Namespaces{Net: p}.Create())
 	}
@@ -103,15 +107,17 @@ func TestAll(t *testing.T) {
 			t.Errorf("%s: %v", killed.Path, err)
 		}
 	}
-	for _, path := range []string{target.Root, target.State, pin} {
+	for _, path := range []string{target.Root, target.State, pin, logs[0]} {
 		if _, err := os.Lstat(path); err == nil {
 			t.Errorf("%s is still there", path)
 		}
 	}
-	if _, err := os.Stat(kept); err != nil {
-		t.Error("removed a file of a volume:", err)
+	for _, path := range []string{kept, logs[1]} {
+		if _, err := os.Stat(path); err != nil {
+			t.Error("removed what is not ours:", err)
+		}
 	}
-	if left, _ := filepath.Glob("/sys/fs/cgroup/*/" + target.Cgroups + "*"); len(left) > 0 {
+	if left, _ := filepath.Glob("/sys/fs/cgroup/*/" + target.Cgroups[1]); len(left) > 0 {
 		t.Error("cgroups are left:", left)
 	}
 	if err := other.Process.Signal(unix.Signal(0)); err != nil {
