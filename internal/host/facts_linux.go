@@ -199,10 +199,13 @@ func AllDevices() ([]Device, error) {
 
 // Devices lists the device nodes at path: what path names, symbolic links
 // followed, or all below it if that is a directory. The devices keep the name
-// they were asked for: path, or a path below it. The error is fs.ErrNotExist
-// if nothing is there; what is there but is no device gives an empty list.
+// they were asked for: path, or a path below it. Where nothing is, or nothing
+// that is a device, the list is empty.
 func Devices(path string) ([]Device, error) {
 	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("find device: %w", err)
 	}
