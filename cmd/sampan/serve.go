@@ -1,17 +1,331 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
 
+	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	"sampan.dev/sampan/internal/admin"
+	"sampan.dev/sampan/internal/config"
+	"sampan.dev/sampan/internal/cri"
+	"sampan.dev/sampan/internal/embedded"
+	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/image"
+	"sampan.dev/sampan/internal/keeper"
+	"sampan.dev/sampan/internal/network"
+	"sampan.dev/sampan/internal/network/builtin"
+	"sampan.dev/sampan/internal/network/cni"
+	"sampan.dev/sampan/internal/pod"
+	"sampan.dev/sampan/internal/registry"
 )
 
-// newServeCommand is the daemon. It is not wired yet.
+// shutdownTime bounds how long calls under way may take after SIGTERM.
+const shutdownTime = 5 * time.Second
+
 func newServeCommand() *cobra.Command {
-	return &cobra.Command{
+	var file, root, state, listen, level, format string
+	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Run the daemon",
-		Args:  cobra.NoArgs,
-		RunE:  func(*cobra.Command, []string) error { return errors.New("serve: not built yet") },
+		Long: "Run the daemon: serve the Container Runtime Interface until SIGTERM or SIGINT.\n" +
+			"Pods go on when the daemon ends, and are taken over when it is back.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := config.Load(file)
+			if err != nil {
+				return err
+			}
+			for flag, key := range map[string]*string{"root": &cfg.Root, "state": &cfg.State, "listen": &cfg.Listen} {
+				if f := cmd.Flags().Lookup(flag); f.Changed {
+					*key = f.Value.String()
+				}
+			}
+			if err := cfg.Validate(); err != nil {
+				return err
+			}
+			log, err := newLogger(cmd.ErrOrStderr(), level, format)
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), cfg, log)
+		},
 	}
+	def := config.Default()
+	cmd.Flags().StringVar(&file, "config", "", "configuration `FILE` (default "+config.DefaultPath+", if it exists)")
+	cmd.Flags().StringVar(&root, "root", def.Root, "`DIR` for what survives a reboot")
+	cmd.Flags().StringVar(&state, "state", def.State, "`DIR` for what dies with the boot")
+	cmd.Flags().StringVar(&listen, "listen", def.Listen, "`ADDRESS` of the CRI socket")
+	cmd.Flags().StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	cmd.Flags().StringVar(&format, "log-format", "text", "text or json")
+	return cmd
+}
+
+func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		return nil, fmt.Errorf("--log-level: %q is not one of debug, info, warn, error", level)
+	}
+	o := &slog.HandlerOptions{Level: l}
+	switch format {
+	case "text":
+		return slog.New(slog.NewTextHandler(w, o)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(w, o)), nil
+	}
+	return nil, fmt.Errorf("--log-format: %q is not one of text, json", format)
+}
+
+// serve wires the parts together, bottom up, and runs until ctx ends. Requests
+// are served before everything that runs is adopted.
+func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
+	start := time.Now()
+	unix.Umask(0o022)
+	for _, dir := range []string{cfg.Root, cfg.State} {
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return err
+		}
+	}
+	unlock, err := lockRoot(cfg.Root)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	facts, err := host.ProbeFacts()
+	if err != nil {
+		return fmt.Errorf("probe the host: %w", err)
+	}
+	images, err := image.Open(image.Config{
+		Root: filepath.Join(cfg.Root, "images"), LayerRoot: filepath.Join(cfg.Root, "layers"),
+		Registry: registry.Config{Dir: cfg.Registry.ConfigDir, Logger: log}, Pinned: cfg.Images.Pinned, Logger: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeImages(images)) }()
+	pods, podNetwork, err := openPods(cfg, images, facts, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, podNetwork.Close()) }()
+	defer pods.Close()
+
+	server := cri.NewServer(cri.Config{
+		Pods: pods, Images: images, Network: podNetwork, Version: version(),
+		Handlers: slices.Collect(maps.Keys(handlers(cfg))), DefaultHandler: cfg.DefaultHandler,
+		Facts: facts, SystemdCgroup: systemdCgroup(cfg), Root: cfg.Root, State: cfg.State, Logger: log,
+	})
+	admin.Register(server, loader(images))
+	listener, err := listenUnix(cfg.SocketPath())
+	if err != nil {
+		return err
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	log.Info("serving", "listen", cfg.Listen, "version", version(), "dur", time.Since(start).Round(time.Millisecond))
+	if _, err := sdnotify.SdNotify(false, sdnotify.SdNotifyReady); err != nil {
+		log.Warn("tell systemd that the daemon is ready", "err", err)
+	}
+	adopted := make(chan struct{})
+	go func() {
+		defer close(adopted)
+		pods.Adopt(ctx)
+	}()
+	select {
+	case <-ctx.Done():
+		log.Info("stopping; pods go on")
+		sdnotify.SdNotify(false, sdnotify.SdNotifyStopping)
+		stopServer(server)
+	case err = <-served:
+	}
+	<-adopted
+	return err
+}
+
+// stopServer lets calls under way finish, for a while.
+func stopServer(s *grpc.Server) {
+	late := time.AfterFunc(shutdownTime, s.Stop)
+	defer late.Stop()
+	s.GracefulStop()
+}
+
+func closeImages(images *image.Store) error {
+	ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
+	defer cancel()
+	return images.Close(ctx)
+}
+
+// lockRoot makes sure that one daemon at a time works on root.
+func lockRoot(root string) (unlock func(), err error) {
+	path := filepath.Join(root, "lock")
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("serve: another daemon works on %s (it holds %s): %w", root, path, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// listenUnix takes the place of a socket that an earlier daemon left. The lock on
+// root has shown that it is dead.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
+		return nil, err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	return l, os.Chmod(path, 0o600)
+}
+
+func openPods(cfg config.Config, images *image.Store, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
+	podNetwork, err := openNetwork(cfg, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	bin := filepath.Join(cfg.Root, "bin")
+	keeperProgram, err := embedded.Keeper()
+	if err != nil {
+		return nil, nil, err
+	}
+	keeperPath, err := keeperProgram.Unpack(bin)
+	if err != nil {
+		return nil, nil, err
+	}
+	initProgram, err := embedded.Init()
+	if err != nil {
+		return nil, nil, err
+	}
+	initPath, err := initProgram.Unpack(bin)
+	if err != nil {
+		return nil, nil, err
+	}
+	pods, err := pod.Open(pod.Config{
+		Root: cfg.Root, State: cfg.State, NetNS: "/run/netns",
+		Images: podImages{images}, Layers: images.Layers(), Network: podNetwork,
+		Keeper: keeperDialer(cfg, keeperPath, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
+		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath,
+		Facts: facts, SystemdCgroup: systemdCgroup(cfg), Logger: log,
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return pods, podNetwork, nil
+}
+
+func openNetwork(cfg config.Config, log *slog.Logger) (network.Network, error) {
+	dir := filepath.Join(cfg.Root, "network")
+	openCNI := func() (*cni.Network, error) {
+		return cni.Open(cni.Config{Dir: filepath.Join(dir, "cni"), ConfDir: cfg.Network.CNIConfDir, BinDirs: cfg.Network.CNIBinDirs, Logger: log})
+	}
+	if cfg.Network.Mode == config.NetworkCNI {
+		return openCNI()
+	}
+	subnets, err := cfg.Network.Subnets()
+	if err != nil {
+		return nil, err
+	}
+	own, err := builtin.Open(builtin.Config{Dir: filepath.Join(dir, "builtin"), Subnets: subnets, Logger: log})
+	if err != nil || cfg.Network.Mode == config.NetworkBuiltin {
+		return own, err
+	}
+	plugins, err := openCNI()
+	if err != nil {
+		return nil, errors.Join(err, own.Close())
+	}
+	return network.NewAuto(own, plugins, plugins.Configured), nil
+}
+
+func keeperDialer(cfg config.Config, binary string, log *slog.Logger) func(context.Context, string) (pod.Keeper, error) {
+	return func(ctx context.Context, name string) (pod.Keeper, error) {
+		// Several daemons on one machine must not share a cgroup.
+		instance := fnv.New32a()
+		instance.Write([]byte(cfg.State))
+		return keeper.Ensure(ctx, keeper.Config{
+			Dir: filepath.Join(cfg.State, "keepers", name), Binary: binary,
+			Cgroup: fmt.Sprintf("/sampan.keeper-%s-%08x", name, instance.Sum32()),
+			Logger: log.With("keeper", name),
+		})
+	}
+}
+
+// keeperNames says which keeper gets a pod. A new version of the keeper has a new
+// name: the old one stays with the containers it has.
+func keeperNames(cfg config.Config, digest string) func(podID string) string {
+	if cfg.Keeper.Isolation == config.IsolationPod {
+		return func(podID string) string {
+			if podID == "" {
+				return ""
+			}
+			return "pod-" + podID[:16]
+		}
+	}
+	return func(string) string { return "node-" + digest[:12] }
+}
+
+func handlers(cfg config.Config) map[string]keeper.Handler {
+	all := map[string]keeper.Handler{config.BuiltinHandler: {Kind: keeper.Builtin, SystemdCgroup: systemdCgroup(cfg)}}
+	for name, h := range cfg.Handlers {
+		all[name] = keeper.Handler{Kind: keeper.CLI, Path: h.Path, SystemdCgroup: systemdCgroup(cfg)}
+	}
+	return all
+}
+
+func systemdCgroup(cfg config.Config) bool {
+	switch cfg.Cgroup.Driver {
+	case config.CgroupSystemd:
+		return true
+	case config.CgroupFS:
+		return false
+	}
+	_, err := os.Stat("/run/systemd/system")
+	return err == nil && host.CgroupMode() == host.CgroupV2
+}
+
+// podImages shows the image store as package pod wants it.
+type podImages struct{ *image.Store }
+
+func (i podImages) Get(ref string) (pod.Image, error) {
+	img, err := i.Store.Get(ref)
+	return podImage(img), err
+}
+
+func (i podImages) Acquire(id, holder string) (pod.Image, error) {
+	img, err := i.Store.Acquire(id, holder)
+	return podImage(img), err
+}
+
+func podImage(img image.Image) pod.Image {
+	return pod.Image{ID: img.ID, RepoDigests: img.RepoDigests, Layers: img.Layers, Config: img.Config.Config}
+}
+
+func loader(images *image.Store) admin.Loader {
+	return admin.LoaderFunc(func(ctx context.Context, r io.Reader, name string) ([]admin.Loaded, error) {
+		all, err := images.Load(ctx, r, image.LoadOptions{Name: name})
+		var loaded []admin.Loaded
+		for _, img := range all {
+			loaded = append(loaded, admin.Loaded{ID: img.ID, References: img.RepoTags, Size: img.Size})
+		}
+		return loaded, err
+	})
 }

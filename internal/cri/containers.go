@@ -1,0 +1,200 @@
+package cri
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/internal/keeper"
+	"sampan.dev/sampan/internal/pod"
+	"sampan.dev/sampan/internal/spec"
+)
+
+// CreateContainer makes a container, without running it yet.
+func (s *runtimeService) CreateContainer(ctx context.Context, r *runtimeapi.CreateContainerRequest) (*runtimeapi.CreateContainerResponse, error) {
+	config, err := s.podConfigOf(r.GetPodSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	if err := spec.ValidateContainer(config, r.GetConfig()); err != nil {
+		return nil, err
+	}
+	id, err := s.cfg.Pods.CreateContainer(ctx, r.GetPodSandboxId(), r.GetConfig())
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.CreateContainerResponse{ContainerId: id}, nil
+}
+
+// StartContainer runs a created container.
+func (s *runtimeService) StartContainer(ctx context.Context, r *runtimeapi.StartContainerRequest) (*runtimeapi.StartContainerResponse, error) {
+	return &runtimeapi.StartContainerResponse{}, s.cfg.Pods.StartContainer(ctx, r.GetContainerId())
+}
+
+// StopContainer stops a container, after the grace period by force.
+func (s *runtimeService) StopContainer(ctx context.Context, r *runtimeapi.StopContainerRequest) (*runtimeapi.StopContainerResponse, error) {
+	grace := time.Duration(r.GetTimeout()) * time.Second
+	return &runtimeapi.StopContainerResponse{}, s.cfg.Pods.StopContainer(ctx, r.GetContainerId(), grace)
+}
+
+// RemoveContainer removes a container, by force if it runs.
+func (s *runtimeService) RemoveContainer(ctx context.Context, r *runtimeapi.RemoveContainerRequest) (*runtimeapi.RemoveContainerResponse, error) {
+	return &runtimeapi.RemoveContainerResponse{}, s.cfg.Pods.RemoveContainer(ctx, r.GetContainerId())
+}
+
+// UpdateContainerResources changes a container's limits, all or none.
+func (s *runtimeService) UpdateContainerResources(ctx context.Context, r *runtimeapi.UpdateContainerResourcesRequest) (*runtimeapi.UpdateContainerResourcesResponse, error) {
+	return &runtimeapi.UpdateContainerResourcesResponse{}, s.cfg.Pods.UpdateContainer(ctx, r.GetContainerId(), r.GetLinux())
+}
+
+// ReopenContainerLog makes a container write to the file that is at its log path
+// now.
+func (s *runtimeService) ReopenContainerLog(ctx context.Context, r *runtimeapi.ReopenContainerLogRequest) (*runtimeapi.ReopenContainerLogResponse, error) {
+	return &runtimeapi.ReopenContainerLogResponse{}, s.cfg.Pods.ReopenLog(ctx, r.GetContainerId())
+}
+
+// maxOutput bounds each stream of an ExecSync, in bytes. Both together, with
+// what the message needs besides, must pass the client's limit.
+const maxOutput = maxMessage - 4096
+
+// ExecSync runs a command in a container and returns its output. Of what is too
+// much for an answer, the end is left out.
+func (s *runtimeService) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+	if len(r.GetCmd()) == 0 {
+		return nil, fmt.Errorf("cmd: it is empty; give the program and its arguments: %w", errdefs.ErrInvalidArgument)
+	}
+	timeout := time.Duration(max(0, r.GetTimeout())) * time.Second
+	stdout, stderr, res, err := s.cfg.Pods.ExecOutput(ctx, keeper.ExecRequest{ID: r.GetContainerId(), Args: r.GetCmd(), Timeout: timeout}, maxOutput)
+	if err != nil {
+		return nil, err
+	}
+	if res.TimedOut {
+		return nil, fmt.Errorf("exec %q: timeout %v exceeded: %w", strings.Join(r.GetCmd(), " "), timeout, context.DeadlineExceeded)
+	}
+	stdout, stderr = fit(stdout, stderr, maxOutput)
+	return &runtimeapi.ExecSyncResponse{Stdout: stdout, Stderr: stderr, ExitCode: res.ExitCode}, nil
+}
+
+// fit shortens a and b to limit bytes in all; the shorter one keeps what it can.
+func fit(a, b []byte, limit int) ([]byte, []byte) {
+	if len(a)+len(b) <= limit {
+		return a, b
+	}
+	keepA := max(limit/2, limit-len(b))
+	a = a[:min(len(a), keepA)]
+	return a, b[:min(len(b), limit-len(a))]
+}
+
+// ContainerStatus describes one container.
+func (s *runtimeService) ContainerStatus(_ context.Context, r *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
+	st, err := s.cfg.Pods.GetContainer(r.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	resp := &runtimeapi.ContainerStatusResponse{Status: containerStatus(st)}
+	if p, err := s.cfg.Pods.Get(st.PodID); err == nil && p.Config.GetLogDirectory() != "" && st.Config.GetLogPath() != "" {
+		resp.Status.LogPath = p.Config.GetLogDirectory() + "/" + st.Config.GetLogPath()
+	}
+	if r.GetVerbose() {
+		info, err := json.Marshal(map[string]any{
+			"sandboxID": st.PodID, "pid": st.Process.Pid, "config": st.Config, "exit": st.Exit,
+		})
+		if err != nil {
+			return nil, err
+		}
+		resp.Info = map[string]string{"info": string(info)}
+	}
+	return resp, nil
+}
+
+// ListContainers lists the containers that pass the filter.
+func (s *runtimeService) ListContainers(_ context.Context, r *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
+	resp := &runtimeapi.ListContainersResponse{}
+	for _, st := range s.cfg.Pods.ListContainers() {
+		if c := containerItem(st); containerPasses(c, r.GetFilter()) {
+			resp.Containers = append(resp.Containers, c)
+		}
+	}
+	return resp, nil
+}
+
+func containerPasses(c *runtimeapi.Container, f *runtimeapi.ContainerFilter) bool {
+	return strings.HasPrefix(c.Id, f.GetId()) &&
+		strings.HasPrefix(c.PodSandboxId, f.GetPodSandboxId()) &&
+		(f.GetState() == nil || f.GetState().GetState() == c.State) &&
+		selects(f.GetLabelSelector(), c.Labels)
+}
+
+var containerStates = map[pod.State]runtimeapi.ContainerState{
+	pod.Created: runtimeapi.ContainerState_CONTAINER_CREATED,
+	pod.Running: runtimeapi.ContainerState_CONTAINER_RUNNING,
+	pod.Exited:  runtimeapi.ContainerState_CONTAINER_EXITED,
+}
+
+func containerItem(st pod.ContainerStatus) *runtimeapi.Container {
+	return &runtimeapi.Container{
+		Id: st.ID, PodSandboxId: st.PodID, Metadata: st.Config.GetMetadata(),
+		Image: imageSpec(st), ImageRef: st.ImageID, ImageId: st.ImageID,
+		State: containerStates[st.State], CreatedAt: st.CreatedAt.UnixNano(),
+		Labels: st.Config.GetLabels(), Annotations: st.Config.GetAnnotations(),
+	}
+}
+
+func containerStatus(st pod.ContainerStatus) *runtimeapi.ContainerStatus {
+	c := &runtimeapi.ContainerStatus{
+		Id: st.ID, Metadata: st.Config.GetMetadata(), State: containerStates[st.State],
+		CreatedAt: st.CreatedAt.UnixNano(), Image: imageSpec(st), ImageRef: imageRef(st), ImageId: st.ImageID,
+		Labels: st.Config.GetLabels(), Annotations: st.Config.GetAnnotations(), Mounts: st.Config.GetMounts(),
+		StopSignal: spec.SignalOf(st.StopSignal), User: st.User,
+	}
+	if st.Resources != nil {
+		c.Resources = &runtimeapi.ContainerResources{Linux: st.Resources}
+	}
+	if !st.StartedAt.IsZero() {
+		c.StartedAt = st.StartedAt.UnixNano()
+	}
+	if st.State == pod.Exited {
+		c.FinishedAt, c.ExitCode = st.Exit.FinishedAt.UnixNano(), st.Exit.Code
+		c.Reason, c.Message = exitReason(st.Exit), st.Exit.Message
+	}
+	return c
+}
+
+// imageSpec names the image as the user did.
+func imageSpec(st pod.ContainerStatus) *runtimeapi.ImageSpec {
+	given := st.Config.GetImage()
+	name := given.GetUserSpecifiedImage()
+	if name == "" {
+		name = given.GetImage()
+	}
+	return &runtimeapi.ImageSpec{
+		Image: name, UserSpecifiedImage: given.GetUserSpecifiedImage(),
+		Annotations: given.GetAnnotations(), RuntimeHandler: given.GetRuntimeHandler(),
+	}
+}
+
+func imageRef(st pod.ContainerStatus) string {
+	if st.ImageDigest != "" {
+		return st.ImageDigest
+	}
+	return st.ImageID
+}
+
+// exitReason says in one word how a container ended; the kubelet knows OOMKilled,
+// people know the others.
+func exitReason(e keeper.Exit) string {
+	switch {
+	case e.OOMKilled:
+		return "OOMKilled"
+	case e.Code == 0:
+		return "Completed"
+	case e.Code == keeper.UnknownExitCode && e.Message != "":
+		return "Unknown"
+	}
+	return "Error"
+}

@@ -1,0 +1,138 @@
+package cri
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"path"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/internal/image"
+)
+
+// PullImage fetches an image and returns its id, the same that every other answer
+// calls it by.
+func (s *imageService) PullImage(ctx context.Context, r *runtimeapi.PullImageRequest) (*runtimeapi.PullImageResponse, error) {
+	ref, err := imageReference(r.GetImage())
+	if err != nil {
+		return nil, err
+	}
+	img, err := s.images.Pull(ctx, ref, credentials(r.GetAuth()))
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.PullImageResponse{ImageRef: img.ID}, nil
+}
+
+func imageReference(spec *runtimeapi.ImageSpec) (string, error) {
+	if spec.GetImage() == "" {
+		return "", fmt.Errorf("image.image: it is empty; give a reference such as registry.k8s.io/pause:3.10 or an image id: %w", errdefs.ErrInvalidArgument)
+	}
+	return spec.GetImage(), nil
+}
+
+func credentials(a *runtimeapi.AuthConfig) *image.Auth {
+	if a == nil {
+		return nil
+	}
+	return &image.Auth{
+		Username: a.GetUsername(), Password: a.GetPassword(), Auth: a.GetAuth(),
+		ServerAddress: a.GetServerAddress(), IdentityToken: a.GetIdentityToken(), RegistryToken: a.GetRegistryToken(),
+	}
+}
+
+// ListImages lists all images, or the one the filter names.
+func (s *imageService) ListImages(_ context.Context, r *runtimeapi.ListImagesRequest) (*runtimeapi.ListImagesResponse, error) {
+	resp := &runtimeapi.ListImagesResponse{}
+	if ref := r.GetFilter().GetImage().GetImage(); ref != "" {
+		img, err := s.images.Get(ref)
+		if errdefs.IsNotFound(err) {
+			return resp, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		resp.Images = []*runtimeapi.Image{imageItem(img)}
+		return resp, nil
+	}
+	for _, img := range s.images.List() {
+		resp.Images = append(resp.Images, imageItem(img))
+	}
+	return resp, nil
+}
+
+// ImageStatus describes an image; an absent one is no error and no image.
+func (s *imageService) ImageStatus(_ context.Context, r *runtimeapi.ImageStatusRequest) (*runtimeapi.ImageStatusResponse, error) {
+	ref, err := imageReference(r.GetImage())
+	if err != nil {
+		return nil, err
+	}
+	img, err := s.images.Get(ref)
+	if errdefs.IsNotFound(err) {
+		return &runtimeapi.ImageStatusResponse{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	resp := &runtimeapi.ImageStatusResponse{Image: imageItem(img)}
+	if r.GetVerbose() {
+		info, err := json.Marshal(map[string]any{"layers": img.Layers, "imageSpec": img.Config})
+		if err != nil {
+			return nil, err
+		}
+		resp.Info = map[string]string{"info": string(info)}
+	}
+	return resp, nil
+}
+
+// RemoveImage removes an image with all its names.
+func (s *imageService) RemoveImage(ctx context.Context, r *runtimeapi.RemoveImageRequest) (*runtimeapi.RemoveImageResponse, error) {
+	ref, err := imageReference(r.GetImage())
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.RemoveImageResponse{}, s.images.Remove(ctx, ref)
+}
+
+// ImageFsInfo tells how much of which file system images take. Containers write
+// to the same one.
+func (s *imageService) ImageFsInfo(context.Context, *runtimeapi.ImageFsInfoRequest) (*runtimeapi.ImageFsInfoResponse, error) {
+	dir, bytes, inodes, err := s.images.FsInfo()
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now().UnixNano()
+	usage := func(mountpoint string, bytes, inodes uint64) *runtimeapi.FilesystemUsage {
+		return &runtimeapi.FilesystemUsage{
+			Timestamp: now, FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: mountpoint},
+			UsedBytes: &runtimeapi.UInt64Value{Value: bytes}, InodesUsed: &runtimeapi.UInt64Value{Value: inodes},
+		}
+	}
+	return &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{usage(path.Clean(dir), bytes, inodes)}}, nil
+}
+
+func imageItem(img image.Image) *runtimeapi.Image {
+	item := &runtimeapi.Image{
+		Id: img.ID, RepoTags: img.RepoTags, RepoDigests: img.RepoDigests, Size: img.Size, Pinned: img.Pinned,
+		Spec: &runtimeapi.ImageSpec{Image: img.ID},
+	}
+	item.Uid, item.Username = imageUser(img.User)
+	return item
+}
+
+// imageUser splits an image's USER, which is user[:group], into a uid or a name.
+func imageUser(user string) (*runtimeapi.Int64Value, string) {
+	name, _, _ := strings.Cut(user, ":")
+	if name == "" {
+		return nil, ""
+	}
+	if uid, err := strconv.ParseInt(name, 10, 64); err == nil {
+		return &runtimeapi.Int64Value{Value: uid}, ""
+	}
+	return nil, name
+}

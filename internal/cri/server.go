@@ -1,0 +1,82 @@
+// Package cri serves the Container Runtime Interface. A handler validates its
+// request, calls one verb of the domain, and turns the answer into the protocol's
+// words. Everything that is the same for every call (panics, error codes, logs)
+// is in one interceptor.
+//
+// The package does no I/O of its own and holds no lock. Errors get their gRPC
+// codes here and nowhere else.
+package cri
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"google.golang.org/grpc"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/image"
+	"sampan.dev/sampan/internal/network"
+	"sampan.dev/sampan/internal/pod"
+)
+
+// Config is what the services are made of.
+type Config struct {
+	Pods    *pod.Pods
+	Images  *image.Store
+	Network network.Network
+
+	Version        string   // of Sampan
+	Handlers       []string // names of the configured handlers
+	DefaultHandler string
+	Facts          host.Facts
+	SystemdCgroup  bool
+	Root, State    string
+	Logger         *slog.Logger
+}
+
+// maxMessage bounds a message in both directions, in bytes: what the kubelet's
+// client accepts.
+const maxMessage = 16 << 20
+
+// NewServer returns a gRPC server with both CRI services registered.
+func NewServer(cfg Config) *grpc.Server {
+	edge := edge{log: cfg.Logger}
+	s := grpc.NewServer(
+		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
+		grpc.UnaryInterceptor(edge.unary), grpc.StreamInterceptor(edge.stream),
+	)
+	runtimeapi.RegisterRuntimeServiceServer(s, &runtimeService{cfg: cfg})
+	runtimeapi.RegisterImageServiceServer(s, &imageService{images: cfg.Images})
+	return s
+}
+
+type runtimeService struct {
+	runtimeapi.UnimplementedRuntimeServiceServer
+	cfg Config
+}
+
+type imageService struct {
+	runtimeapi.UnimplementedImageServiceServer
+	images *image.Store
+}
+
+// edge is what every call passes through.
+type edge struct{ log *slog.Logger }
+
+func (e edge) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	start := time.Now()
+	defer func() {
+		err = e.finish(ctx, info.FullMethod, start, recover(), err)
+	}()
+	return handler(ctx, req)
+}
+
+func (e edge) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	start := time.Now()
+	defer func() {
+		err = e.finish(stream.Context(), info.FullMethod, start, recover(), err)
+	}()
+	return handler(srv, stream)
+}
