@@ -33,6 +33,9 @@ type childInfo struct {
 	_      [100]byte
 }
 
+// The kernel writes a whole siginfo_t.
+var _ = [unsafe.Sizeof(unix.Siginfo{}) - unsafe.Sizeof(childInfo{})]byte{}
+
 // cldExited and the others are the values of childInfo.code.
 const (
 	cldExited = 1
@@ -80,4 +83,11 @@ func Reap(c Children) error {
 	}
 }
 
-var _ = [unsafe.Sizeof(unix.Siginfo{}) - unsafe.Sizeof(childInfo{})]byte{}
+
+// File returns the handle's file, which stays the handle's. Whoever holds a
+// duplicate of it can make a handle of it with PidfdOf, also when the process is
+// gone by then.
+func (h *Pidfd) File() *os.File { return h.f }
+
+// PidfdOf makes a handle of a pidfd, which it takes.
+func PidfdOf(f *os.File) *Pidfd { return &Pidfd{f} }

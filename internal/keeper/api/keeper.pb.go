@@ -1179,8 +1179,8 @@ func (x *ExecRequest) GetHeight() uint32 {
 
 type ExecReply struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The first reply: the process runs. With terminal, the pty's master is
-	// attached to its first byte.
+	// With terminal, the first reply: the process runs, and the pty's master is
+	// attached to the first byte.
 	Pid int64 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
 	// The last reply.
 	Exited   bool  `protobuf:"varint,2,opt,name=exited,proto3" json:"exited,omitempty"`

@@ -72,7 +72,7 @@ type container struct {
 	req       keeper.CreateRequest
 	rt        ociruntime.Runtime
 	process   host.Process
-	pidfd     *host.Pidfd // nil if the process was gone when adopted
+	pidfd     *host.Pidfd // one of files; nil if the process was gone when adopted
 	createdAt time.Time
 	output    *logs.Log
 	relayed   chan struct{} // closed when the terminal has shown its last; nil without one
@@ -158,7 +158,8 @@ func (c *container) make(ctx context.Context) (err error) {
 }
 
 // identify makes the container's first process known to all who have to know it,
-// the supervisor first: it will be asked for its exit status if this worker dies.
+// the supervisor first: if this worker dies the process becomes its child, and if
+// the process becomes a stranger's child, the handle still tells how it ended.
 func (c *container) identify(pid int) (err error) {
 	if c.process, err = host.Identify(pid); err != nil {
 		return err
@@ -166,7 +167,10 @@ func (c *container) identify(pid int) (err error) {
 	if c.pidfd, err = c.process.Open(); err != nil {
 		return err
 	}
-	if err := c.w.link.Send(c.watchMessage(), nil); err != nil {
+	if err := c.w.tell(c.watchMessage(), nil); err != nil {
+		return err
+	}
+	if err := c.hold(processName, c.pidfd.File()); err != nil {
 		return err
 	}
 	c.createdAt = time.Now()
@@ -262,9 +266,16 @@ func (c *container) loadProgress() error {
 	case !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
-	if c.exit == nil {
+	if f := c.files[processName]; f != nil {
+		c.pidfd = host.PidfdOf(f)
+	} else if c.exit == nil {
 		if c.pidfd, err = c.process.Open(); err != nil && !errdefs.IsNotFound(err) {
 			return err
+		}
+		if c.pidfd != nil {
+			if err := c.hold(processName, c.pidfd.File()); err != nil {
+				return err
+			}
 		}
 	}
 	var s startedRecord
@@ -275,7 +286,7 @@ func (c *container) loadProgress() error {
 	if err != nil {
 		return err
 	}
-	if c.pidfd != nil {
+	if c.exit == nil && c.pidfd != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), adoptTimeout)
 		defer cancel()
 		if st, err := c.rt.State(ctx, c.name()); err == nil && st.Status == ociruntime.Created {
@@ -396,9 +407,8 @@ func (c *container) remove(ctx context.Context) error {
 		c.output = nil
 	}
 	if c.pidfd != nil {
-		c.w.link.Send(link.Message{Op: link.Forget, Process: c.process}, nil)
+		c.w.tell(link.Message{Op: link.Forget, Process: c.process}, nil)
 		host.Reap(c.pidfd.Child())
-		c.pidfd.Close()
 	}
 	c.letGo()
 	if err := os.RemoveAll(c.dir); err != nil {

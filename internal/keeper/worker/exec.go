@@ -175,9 +175,9 @@ func (x *execution) attend(ctx context.Context, started ociruntime.Started) erro
 		return err
 	}
 	defer e.forget()
-	if err := x.tellStarted(started); err != nil {
-		// The caller is gone: the wait below ends at once.
-		x.conn.CloseRead()
+	if started.Console != nil {
+		// An error means that the caller is gone, which ends the wait below.
+		api.SendFrame(x.conn, &api.ExecReply{Pid: int64(started.Pid)}, started.Console)
 	}
 	timedOut, err := e.wait(ctx, time.Duration(x.req.Timeout))
 	if err != nil {
@@ -189,14 +189,6 @@ func (x *execution) attend(ctx context.Context, started ociruntime.Started) erro
 		code = keeper.UnknownExitCode
 	}
 	return api.SendFrame(x.conn, &api.ExecReply{Exited: true, ExitCode: code, TimedOut: timedOut})
-}
-
-func (x *execution) tellStarted(started ociruntime.Started) error {
-	reply := &api.ExecReply{Pid: int64(started.Pid)}
-	if started.Console == nil {
-		return nil // nobody needs to know
-	}
-	return api.SendFrame(x.conn, reply, started.Console)
 }
 
 // execProcess is the process of an exec.
@@ -219,7 +211,7 @@ func (e *execProcess) identify(started ociruntime.Started) (err error) {
 	if e.pidfd, err = e.process.Open(); err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
-	return e.c.w.link.Send(link.Message{Op: link.Watch, ID: e.c.id, Process: e.process, Path: e.statusPath, Kill: true}, nil)
+	return e.c.w.tell(link.Message{Op: link.Watch, ID: e.c.id, Process: e.process, Path: e.statusPath, Kill: true}, nil)
 }
 
 // wait returns when the process has ended, by itself or killed because ctx ended
@@ -252,6 +244,6 @@ func (e *execProcess) forget() {
 		host.Reap(e.pidfd.Child())
 		e.pidfd.Close()
 	}
-	e.c.w.link.Send(link.Message{Op: link.Forget, Process: e.process}, nil)
+	e.c.w.tell(link.Message{Op: link.Forget, Process: e.process}, nil)
 	os.Remove(e.statusPath)
 }

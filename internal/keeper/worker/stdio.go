@@ -13,8 +13,8 @@ import (
 )
 
 // The names of the files that a container and its keepers share: FIFOs in the
-// container's directory and the master of its pty. The supervisor holds
-// the keeper's ends of them.
+// container's directory, and the master of its pty. The supervisor holds the
+// keeper's ends of them, and, as processName, the handle of the first process.
 const (
 	stdinName   = "stdin"
 	stdoutName  = "stdout"
@@ -140,12 +140,12 @@ func (c *container) hold(name string, f *os.File) error {
 	c.mu.Lock()
 	c.files[name] = f
 	c.mu.Unlock()
-	return c.w.link.Send(link.Message{Op: link.Hold, ID: c.id, Name: name}, f)
+	return c.w.tell(link.Message{Op: link.Hold, ID: c.id, Name: name}, f)
 }
 
 // letGo closes the container's files, here and at the supervisor.
 func (c *container) letGo() {
-	c.w.link.Send(link.Message{Op: link.Release, ID: c.id}, nil)
+	c.w.tell(link.Message{Op: link.Release, ID: c.id}, nil)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for name, f := range c.files {

@@ -164,9 +164,20 @@ func (w *worker) releaseHeld() {
 		for _, f := range files {
 			f.Close()
 		}
-		delete(w.held, id)
-		w.link.Send(link.Message{Op: link.Release, ID: id}, nil)
+		go w.tell(link.Message{Op: link.Release, ID: id}, nil)
 	}
+	w.held = nil
+}
+
+// tell sends a message to the supervisor. If the supervisor is dead it does not
+// return, for this process is about to take its place, and what it has begun ends
+// here. The caller holds no lock.
+func (w *worker) tell(m link.Message, file *os.File) error {
+	err := w.link.Send(m, file)
+	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+		select {}
+	}
+	return err
 }
 
 // serve answers calls until the keeper is idle.
@@ -187,7 +198,7 @@ func (w *worker) serve() error {
 	failed := make(chan error, 2)
 	go func() { failed <- server.Serve(context.Background(), calls) }()
 	go func() { failed <- w.serveExecs(execs) }()
-	if err := w.link.Send(link.Message{Op: link.Serving}, nil); err != nil {
+	if err := w.tell(link.Message{Op: link.Serving}, nil); err != nil {
 		w.log.Error("tell supervisor", "err", err)
 	}
 	idle := time.NewTicker(w.cfg.IdleTimeout / 4)
@@ -198,7 +209,7 @@ func (w *worker) serve() error {
 			return err
 		case <-idle.C:
 			if w.idle() {
-				return w.link.Send(link.Message{Op: link.Quit}, nil)
+				return w.tell(link.Message{Op: link.Quit}, nil)
 			}
 		}
 	}
