@@ -1,0 +1,61 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"sampan.dev/sampan/test/lab"
+)
+
+// TestNoGrowth runs pods through their whole life again and again. No process of
+// Sampan may have more open files at the end than it had after the first few.
+func TestNoGrowth(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	image := l.Pull(t, "busybox")
+	cycle := func(i int) {
+		t.Helper()
+		config := l.PodConfig(fmt.Sprint("pod-", i))
+		pod := l.RunPod(t, config)
+		id := l.CreateContainer(t, pod, config, l.ContainerConfig("box", image, "sleep", "1000"))
+		l.StartContainer(t, id)
+		l.ExecSync(t, id, "true")
+		l.RemovePod(t, pod)
+	}
+	for i := range 3 {
+		cycle(i)
+	}
+	pids := append(append(l.Keepers(t, "supervisor"), l.Keepers(t, "worker")...), l.Pid())
+	before := openFiles(t, pids)
+	for i := range 15 {
+		cycle(10 + i)
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		grown := ""
+		for pid, n := range openFiles(t, pids) {
+			if n > before[pid] {
+				grown += fmt.Sprintf(" process %d has %d open files, had %d;", pid, n, before[pid])
+			}
+		}
+		if grown == "" {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("after 15 more pods:%s", grown)
+		}
+	}
+}
+
+func openFiles(t *testing.T, pids []int) map[int]int {
+	t.Helper()
+	n := map[int]int{}
+	for _, pid := range pids {
+		files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		n[pid] = len(files)
+	}
+	return n
+}
