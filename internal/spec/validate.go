@@ -309,10 +309,22 @@ func validateContainerNamespaces(pod *runtimeapi.PodSandboxConfig, o *runtimeapi
 	default:
 		return invalid(in+"pid", m, "there is no such mode", "use POD, CONTAINER, NODE or TARGET")
 	}
-	if u := o.GetUsernsOptions(); usesUserNamespace(u) && !proto.Equal(u, p.GetUsernsOptions()) {
+	if !sameUserNamespace(o.GetUsernsOptions(), p.GetUsernsOptions()) {
 		return invalid(in+"userns_options", nil, "the containers of a pod share its user namespace", "repeat the pod's options, or leave them out")
 	}
 	return nil
+}
+
+// sameUserNamespace reports whether a container's options mean the namespace
+// the pod has.
+func sameUserNamespace(container, pod *runtimeapi.UserNamespace) bool {
+	switch {
+	case container.GetMode() == runtimeapi.NamespaceMode_POD && !usesUserNamespace(container):
+		return true // it says nothing
+	case container.GetMode() == runtimeapi.NamespaceMode_NODE && len(container.GetUids())+len(container.GetGids()) == 0:
+		return !usesUserNamespace(pod)
+	}
+	return proto.Equal(container, pod)
 }
 
 // validateLogPath keeps the log inside the pod's log directory.

@@ -179,6 +179,18 @@ func TestValidateContainer(t *testing.T) {
 			sc.NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Uids: []*runtimeapi.IDMapping{{Length: 1}}}
 		}), "userns_options: the containers of a pod share its user namespace"},
 
+		{"NODE userns in a pod without one", secured(func(sc *runtimeapi.LinuxContainerSecurityContext) {
+			sc.NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Mode: modeNode}
+		}), ""},
+		{"NODE userns in a pod with one", func(in *Input) {
+			goldens["user-namespace"](in)
+			in.context().NamespaceOptions = &runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: modeNode}}
+		}, "userns_options: the containers of a pod share its user namespace"},
+		{"nothing said in a pod with a userns", func(in *Input) {
+			goldens["user-namespace"](in)
+			in.context().NamespaceOptions = nil
+		}, ""},
+
 		{"privileged in a pod that is not", secured(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.Privileged = true }), "privileged: true: the pod was not made for privileged containers"},
 		{"user twice", secured(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.RunAsUser, sc.RunAsUsername = id64(0), "root" }), "run_as_username"},
 		{"group without user", secured(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.RunAsGroup = id64(1) }), "run_as_group: 1: a group is set without a user"},
