@@ -67,7 +67,7 @@ func (s *Pods) loadPod(id string) *Pod {
 	p := &Pod{made: make(chan struct{})}
 	close(p.made)
 	if err := state.Read(filepath.Join(dir, "config"), podKind, &p.podRecord); err != nil {
-		p.podRecord = unreadablePod(id, dir)
+		p.podRecord = s.unreadablePod(id)
 		p.phase, p.problem = stopped, err.Error()
 		return p
 	}
@@ -90,12 +90,16 @@ func (s *Pods) loadPod(id string) *Pod {
 	return p
 }
 
-// unreadablePod stands for a pod whose record is damaged.
-func unreadablePod(id, dir string) podRecord {
-	r := podRecord{ID: id, CreatedAt: time.Unix(0, 0), Config: podConfig{&runtimeapi.PodSandboxConfig{
-		Metadata: &runtimeapi.PodSandboxMetadata{Name: "unreadable-" + short(id), Namespace: "sampan", Uid: id},
-	}}}
-	if info, err := os.Stat(dir); err == nil {
+// unreadablePod stands for a pod whose record is damaged. It may hold anything a
+// pod can hold, so that its removal looks everywhere.
+func (s *Pods) unreadablePod(id string) podRecord {
+	r := podRecord{
+		ID: id, CreatedAt: time.Unix(0, 0), Runtime: s.cfg.DefaultHandler, Keeper: s.cfg.KeeperFor(id), NetNS: s.paths.netNS(id),
+		Config: podConfig{&runtimeapi.PodSandboxConfig{
+			Metadata: &runtimeapi.PodSandboxMetadata{Name: "unreadable-" + short(id), Namespace: "sampan", Uid: id},
+		}},
+	}
+	if info, err := os.Stat(s.paths.pod(id)); err == nil {
 		r.CreatedAt = info.ModTime()
 	}
 	return r
@@ -176,9 +180,6 @@ func (s *Pods) knowsPod(id string) bool {
 func (s *Pods) adoptPod(ctx context.Context, p *Pod) {
 	ctx, cancel := context.WithTimeout(ctx, maxUndo)
 	defer cancel()
-	if p.Keeper == "" {
-		return // unreadable
-	}
 	p.mu.Lock()
 	phase := p.phase
 	p.mu.Unlock()

@@ -1,0 +1,315 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/internal/keeper"
+)
+
+func must[T any](t *testing.T) func(T, error) T {
+	return func(v T, err error) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+func TestLifecycle(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	ctx, id := t.Context(), must[string](t)
+	p := id(s.Run(ctx, podNamed("a"), ""))
+	if st, err := s.Get(p[:12]); err != nil || !st.Ready || st.ID != p {
+		t.Fatalf("by the start of its id: %+v, %v", st, err)
+	}
+	c := id(s.CreateContainer(ctx, p, containerNamed("c")))
+	if st, _ := s.GetContainer(c); st.State != Created || !st.StartedAt.IsZero() || st.StopSignal != unix.SIGTERM {
+		t.Fatalf("created: %+v", st)
+	}
+	if err := s.StartContainer(ctx, c); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.StartContainer(ctx, c); !errdefs.IsFailedPrecondition(err) {
+		t.Fatalf("started twice: %v", err)
+	}
+	for range 2 {
+		if err := s.StopContainer(ctx, c, time.Minute); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if st, _ := s.GetContainer(c); st.State != Exited || st.Exit.Code != 143 || st.StartedAt.IsZero() {
+		t.Fatalf("stopped: %+v", st)
+	}
+	for range 2 {
+		if err := errors.Join(s.RemoveContainer(ctx, c), s.Stop(ctx, p)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if st, _ := s.Get(p); st.Ready {
+		t.Fatal("a stopped pod is ready")
+	}
+	if _, err := s.CreateContainer(ctx, p, containerNamed("d")); !errdefs.IsFailedPrecondition(err) {
+		t.Fatalf("create in a stopped pod: %v", err)
+	}
+	for range 2 {
+		if err := s.Remove(ctx, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.checkEmpty(s)
+}
+
+// The kubelet repeats requests whose answers it did not get.
+func TestRepeatedRequestsAreOne(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	ids := make([]string, 16)
+	var wg sync.WaitGroup
+	for i := range ids {
+		wg.Go(func() {
+			p, err := s.Run(t.Context(), podNamed("a"), "")
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			ids[i], err = s.CreateContainer(t.Context(), p, containerNamed("c"))
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	for _, id := range ids {
+		if id != ids[0] {
+			t.Fatalf("different containers: %v", ids)
+		}
+	}
+	if l.keeper.creates != 1 {
+		t.Fatalf("created %d times", l.keeper.creates)
+	}
+	other := podNamed("a")
+	other.LogDirectory = "/elsewhere"
+	if _, err := s.Run(t.Context(), other, ""); !errdefs.IsAlreadyExists(err) {
+		t.Fatalf("same pod, other configuration: %v", err)
+	}
+}
+
+func TestFailuresAreUndone(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
+	c := containerNamed("c")
+	tests := map[string]func(){
+		"mount":  func() { l.layers.fail = errdefs.ErrResourceExhausted },
+		"keeper": func() { l.layers.fail = nil; l.keeper.failCreate = errdefs.ErrInvalidArgument },
+	}
+	for _, name := range []string{"mount", "keeper"} {
+		tests[name]()
+		if _, err := s.CreateContainer(t.Context(), p, c); err == nil {
+			t.Fatalf("%s: no error", name)
+		}
+		if len(s.ListContainers()) != 0 {
+			t.Fatalf("%s: still listed", name)
+		}
+	}
+	l.keeper.failCreate = nil
+	must[string](t)(s.CreateContainer(t.Context(), p, c))
+	if err := s.Remove(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Run(t.Context(), podNamed("b"), "absent"); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "builtin") {
+		t.Fatalf("unknown handler: %v", err)
+	}
+	l.checkEmpty(s)
+}
+
+func TestBadRequests(t *testing.T) {
+	s := newLab(t).start()
+	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
+	with := func(change func(*runtimeapi.ContainerConfig)) *runtimeapi.ContainerConfig {
+		c := containerNamed("c")
+		change(c)
+		return c
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	mount := func(path string) *runtimeapi.ContainerConfig {
+		return with(func(c *runtimeapi.ContainerConfig) {
+			c.Mounts = []*runtimeapi.Mount{{HostPath: path, ContainerPath: "/m"}}
+		})
+	}
+	tests := map[string]struct {
+		config *runtimeapi.ContainerConfig
+		is     func(error) bool
+		says   string
+	}{
+		"missing image": {with(func(c *runtimeapi.ContainerConfig) { c.Image.Image = "absent" }), errdefs.IsNotFound, "absent"},
+		"relative path": {mount("x/y"), errdefs.IsInvalidArgument, "mounts[0].host_path"},
+		"path in file":  {mount(file + "/sub"), errdefs.IsInvalidArgument, file},
+		"no such target": {with(func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_TARGET, TargetId: "none"}
+		}), errdefs.IsNotFound, "target_id"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			_, err := s.CreateContainer(t.Context(), p, tt.config)
+			if !tt.is(err) || !strings.Contains(err.Error(), tt.says) {
+				t.Fatalf("got %v", err)
+			}
+		})
+	}
+	if _, err := s.CreateContainer(t.Context(), "none", containerNamed("c")); !errdefs.IsNotFound(err) {
+		t.Fatalf("unknown pod: %v", err)
+	}
+}
+
+// A volume that hangs holds up one container: not a list, not another pod, not
+// the stop of its own pod. The retry joins; in the end everything can be removed.
+func TestHangingCreate(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	hung := must[string](t)(s.Run(t.Context(), podNamed("hung"), ""))
+	other := must[string](t)(s.Run(t.Context(), podNamed("other"), ""))
+	l.layers.hang = make(chan struct{})
+	brief, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	for range 2 {
+		if _, err := s.CreateContainer(brief, hung, containerNamed("c")); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("hanging create: %v", err)
+		}
+	}
+	release := l.layers.hang
+	l.layers.mu.Lock()
+	l.layers.hang = nil
+	l.layers.mu.Unlock()
+	must[string](t)(s.CreateContainer(t.Context(), other, containerNamed("c")))
+	if n := len(s.ListContainers()); n != 1 {
+		t.Fatalf("%d containers are listed, want 1", n)
+	}
+	if err := s.Stop(t.Context(), hung); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Remove(brief, hung); err == nil {
+		t.Fatal("a pod was removed under a creation")
+	}
+	close(release)
+	if err := errors.Join(s.Remove(t.Context(), hung), s.Remove(t.Context(), other)); err != nil {
+		t.Fatal(err)
+	}
+	l.checkEmpty(s)
+}
+
+func TestStopEscalates(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
+	c := must[string](t)(s.CreateContainer(t.Context(), p, containerNamed("c")))
+	if err := s.StartContainer(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	l.keeper.deaf = true
+	if err := s.StopContainer(t.Context(), c, 10*time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	if st, _ := s.GetContainer(c); st.Exit.Code != 137 {
+		t.Fatalf("exit code %d, want 137", st.Exit.Code)
+	}
+}
+
+// What a daemon left is what the next one finds.
+func TestRestart(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	ctx, id := t.Context(), must[string](t)
+	p := id(s.Run(ctx, podNamed("a"), ""))
+	created, running := id(s.CreateContainer(ctx, p, containerNamed("created"))), id(s.CreateContainer(ctx, p, containerNamed("running")))
+	gone, lost := id(s.CreateContainer(ctx, p, containerNamed("gone"))), id(s.CreateContainer(ctx, p, containerNamed("lost")))
+	for _, c := range []string{running, gone, lost} {
+		if err := s.StartContainer(ctx, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stopped := id(s.Run(ctx, podNamed("stopped"), ""))
+	if err := s.Stop(ctx, stopped); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+
+	l.keeper.watchers = nil // the daemon is away
+	l.keeper.exit(gone, keeper.Exit{Code: 3, FinishedAt: time.Now()})
+	delete(l.keeper.containers, lost)
+	l.keeper.containers["stray"] = &fakeContainer{ContainerState: keeper.ContainerState{ID: "stray"}}
+	halfPod, halfContainer := strings.Repeat("1", 64), strings.Repeat("2", 64)
+	if err := s.recordPod(&Pod{podRecord: podRecord{ID: halfPod, Keeper: "node", Config: podConfig{podNamed("half")}}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.recordContainer(&Container{containerRecord: containerRecord{ID: halfContainer, PodID: p, Config: containerConfig{containerNamed("half")}}}); err != nil {
+		t.Fatal(err)
+	}
+	damaged := strings.Repeat("3", 64)
+	if err := os.MkdirAll(filepath.Join(l.dir, "root/pods", damaged), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(l.dir, "root/pods", damaged, "config"), []byte("garbage"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	s = l.start()
+	awaitFollow(t, s, lost)
+	for c, want := range map[string]struct {
+		state State
+		code  int32
+	}{created: {Created, 0}, running: {Running, 0}, gone: {Exited, 3}, lost: {Exited, keeper.UnknownExitCode}} {
+		if st, err := s.GetContainer(c); err != nil || st.State != want.state || st.Exit.Code != want.code {
+			t.Errorf("%s: %v, code %d, %v; want %+v", st.Config.GetMetadata().GetName(), st.State, st.Exit.Code, err, want)
+		}
+	}
+	if st, _ := s.Get(p); !st.Ready {
+		t.Errorf("a running pod is not ready: %s", st.Problem)
+	}
+	if st, _ := s.Get(stopped); st.Ready {
+		t.Error("a stopped pod is ready")
+	}
+	if st, err := s.Get(damaged); err != nil || st.Ready || !strings.Contains(st.Problem, "damaged") {
+		t.Errorf("a pod with a damaged record: %+v, %v", st, err)
+	}
+	if _, err := s.Get(halfPod); !errdefs.IsNotFound(err) {
+		t.Errorf("a half-made pod: %v", err)
+	}
+	if _, err := s.GetContainer(halfContainer); !errdefs.IsNotFound(err) {
+		t.Errorf("a half-made container: %v", err)
+	}
+	for _, pod := range []string{p, stopped, damaged} {
+		if err := s.Remove(ctx, pod); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.checkEmpty(s)
+}
+
+// awaitFollow waits until the keeper was compared with what is known.
+func awaitFollow(t *testing.T, s *Pods, lost string) {
+	t.Helper()
+	for range 200 {
+		if st, err := s.GetContainer(lost); err == nil && st.State == Exited {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("the daemon did not compare itself with its keeper")
+}
