@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -17,6 +18,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/network"
@@ -56,6 +59,13 @@ func NewLab(t testing.TB) *Lab {
 		lab.IP(t, ns, "link set eth0 up")
 		lab.IP(t, ns, fmt.Sprintf("addr add %s/24 dev eth0", addrs[0]))
 		lab.IP(t, ns, fmt.Sprintf("addr add %s/64 dev eth0 nodad", addrs[1]))
+	}
+	// A link drops packets for a moment after it came up.
+	for _, addr := range []netip.Addr{Host4, Host6} {
+		Eventually(t, "the lab's link works", func() bool {
+			_, err := lab.Ask(lab.Outside, "tcp", netip.AddrPortFrom(addr, 9).String())
+			return errors.Is(err, unix.ECONNREFUSED)
+		})
 	}
 	return lab
 }
