@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"sampan.dev/sampan/internal/host"
@@ -20,7 +19,7 @@ import (
 func (s *Pods) startInit(ctx context.Context, p *Pod) error {
 	bundle := filepath.Join(s.paths.podState(p.ID), "init")
 	rootfs := filepath.Join(bundle, "rootfs")
-	for _, dir := range []string{"proc", "dev", "sys"} {
+	for _, dir := range []string{"proc", "dev"} {
 		if err := os.MkdirAll(filepath.Join(rootfs, dir), 0o755); err != nil {
 			return err
 		}
@@ -32,7 +31,16 @@ func (s *Pods) startInit(ctx context.Context, p *Pod) error {
 	if err := os.WriteFile(filepath.Join(rootfs, "init"), program, 0o755); err != nil {
 		return err
 	}
-	if err := writeBundle(bundle, s.initSpec(p, rootfs)); err != nil {
+	pins := s.namespaces(p)
+	oci, err := spec.BuildInit(spec.Input{
+		PodID: p.ID, ContainerID: p.ID, Pod: p.Config.PodSandboxConfig, Rootfs: rootfs,
+		Hostname: hostname(p.Config.PodSandboxConfig), CgroupsPath: s.cgroupsPath(p, p.ID),
+		Namespaces: spec.Namespaces{Network: pins.Net, IPC: pins.IPC, UTS: pins.UTS}, Host: s.cfg.Facts,
+	}, "/init")
+	if err != nil {
+		return err
+	}
+	if err := writeBundle(bundle, oci); err != nil {
 		return err
 	}
 	k, err := s.keeper(ctx, p)
@@ -53,46 +61,6 @@ func (s *Pods) startInit(ctx context.Context, p *Pod) error {
 		return fmt.Errorf("init of the pod's PID namespace: %w", err)
 	}
 	return nil
-}
-
-// initSpec gives the init nothing but its namespaces: no capability, no device,
-// a read-only root with one program.
-func (s *Pods) initSpec(p *Pod, rootfs string) *specs.Spec {
-	pins := s.namespaces(p)
-	namespaces := []specs.LinuxNamespace{{Type: specs.MountNamespace}, {Type: specs.PIDNamespace}}
-	for _, ns := range []specs.LinuxNamespace{
-		{Type: specs.NetworkNamespace, Path: pins.Net}, {Type: specs.IPCNamespace, Path: pins.IPC}, {Type: specs.UTSNamespace, Path: pins.UTS},
-	} {
-		if ns.Path != "" {
-			namespaces = append(namespaces, ns)
-		}
-	}
-	adjust := max(-998, s.cfg.Facts.MinOOMScoreAdj)
-	shares := uint64(2)
-	return &specs.Spec{
-		Version: spec.Version,
-		Root:    &specs.Root{Path: rootfs, Readonly: true},
-		Process: &specs.Process{
-			Args: []string{"/init"}, Cwd: "/", Env: []string{"PATH=/"}, NoNewPrivileges: true,
-			User: specs.User{UID: 65535, GID: 65535}, OOMScoreAdj: &adjust,
-		},
-		Mounts: []specs.Mount{
-			{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
-			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
-		},
-		Annotations: map[string]string{
-			"io.kubernetes.cri.container-type": "sandbox",
-			"io.kubernetes.cri.sandbox-id":     p.ID,
-		},
-		Linux: &specs.Linux{
-			CgroupsPath: s.cgroupsPath(p, p.ID),
-			Namespaces:  namespaces,
-			Resources: &specs.LinuxResources{
-				CPU:     &specs.LinuxCPU{Shares: &shares},
-				Devices: []specs.LinuxDeviceCgroup{{Allow: false, Access: "rwm"}},
-			},
-		},
-	}
 }
 
 // stopInit ends the pod's init and unpins its namespace.
