@@ -33,7 +33,9 @@ func (p paths) exit(id string) string           { return filepath.Join(p.contain
 
 // netNS is where a pod's network namespace is pinned, in the place where CNI
 // plugins and ip(8) look for them.
-func (p paths) netNS(id string) string { return filepath.Join(p.netns, "sampan-"+id[:min(16, len(id))]) }
+func (p paths) netNS(id string) string {
+	return filepath.Join(p.netns, "sampan-"+id[:min(16, len(id))])
+}
 
 // make creates the directories that everything else is in.
 func (p paths) make() error {
