@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"net"
 	"path/filepath"
 	"time"
@@ -42,9 +43,9 @@ runs (sampan pod rm --all), for only then do the plugins hear of it.`,
 				return errors.New("reset: a daemon serves " + c.Listen + "; stop it first")
 			}
 			return reset.All(cmd.Context(), reset.Target{
-				Root: c.Root, State: c.State, Link: "sampan0", NetNS: "/run/netns/sampan-*",
-				Cgroups: []string{"sampan", "sampan.keeper-*"},
-				Marks:   filepath.Join(logRoot, "*", runMark),
+				Root: c.Root, State: c.State, Link: "sampan0", NetNS: "/run/netns",
+				Cgroup: "sampan", Keepers: keeperCgroup(c.State, "*"),
+				Marks: filepath.Join(logRoot, "*", runMark),
 			})
 		},
 	}
@@ -53,4 +54,12 @@ runs (sampan pod rm --all), for only then do the plugins hear of it.`,
 	cmd.Flags().StringVar(&state, "state", "", "the daemon's state")
 	cmd.Flags().BoolVar(&yes, "yes", false, "do it")
 	return cmd
+}
+
+// keeperCgroup names the cgroup of a keeper. Several daemons on one machine must
+// not share one, so it depends on their STATE.
+func keeperCgroup(state, keeper string) string {
+	instance := fnv.New32a()
+	instance.Write([]byte(state))
+	return fmt.Sprintf("/sampan.keeper-%s-%08x", keeper, instance.Sum32())
 }

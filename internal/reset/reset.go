@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -26,12 +27,13 @@ import (
 
 // Target says what was made where.
 type Target struct {
-	Root    string   // the daemon's ROOT
-	State   string   // the daemon's STATE
-	Link    string   // of the built-in network: LINK and LINK-* are links, LINK a table
-	NetNS   string   // pattern of the pins of network namespaces
-	Cgroups []string // patterns of names of cgroups at the top of each hierarchy
-	Marks   string   // pattern of files; the directories they stand in are removed
+	Root    string // the daemon's ROOT
+	State   string // the daemon's STATE
+	Link    string // of the built-in network: LINK and LINK-* are links, LINK a table
+	NetNS   string // directory where pods' network namespaces are pinned
+	Cgroup  string // the cgroup that holds those of pods
+	Keepers string // pattern of the keepers' cgroups
+	Marks   string // pattern of files; the directories they stand in are removed
 }
 
 // All removes everything, going on after an error. What is absent is no error,
@@ -41,13 +43,15 @@ func All(ctx context.Context, t Target) error {
 	if err := killAll(ctx, t); err != nil {
 		return err // as long as they live, they make things anew
 	}
+	ids, err := pods(t)
 	failed := []error{
-		removeNetNS(t.NetNS),
+		err,
+		removeNetNS(t.NetNS, ids),
 		unmountBelow(t.State),
 		unmountBelow(t.Root),
 		removeLinks(t.Link),
 		removeTable(t.Link),
-		removeCgroups(t.Cgroups),
+		removeCgroups(t, ids),
 	}
 	marks, err := filepath.Glob(t.Marks)
 	failed = append(failed, err)
@@ -148,14 +152,26 @@ func rootIsIn(dir, mountinfo string) bool {
 	return false
 }
 
-func removeNetNS(pattern string) error {
-	pins, err := filepath.Glob(pattern)
-	if err != nil {
-		return err
+// pods returns the ids of all pods there is a trace of. A second daemon on the
+// host has others.
+func pods(t Target) ([]string, error) {
+	seen := map[string]bool{}
+	for _, dir := range []string{filepath.Join(t.Root, "pods"), filepath.Join(t.State, "pods")} {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		for _, e := range entries {
+			seen[e.Name()] = true
+		}
 	}
+	return slices.Sorted(maps.Keys(seen)), nil
+}
+
+func removeNetNS(dir string, ids []string) error {
 	var failed []error
-	for _, pin := range pins {
-		failed = append(failed, host.Unpin(pin))
+	for _, id := range ids {
+		failed = append(failed, host.Unpin(filepath.Join(dir, "sampan-"+id[:min(16, len(id))])))
 	}
 	return errors.Join(failed...)
 }
@@ -200,13 +216,17 @@ func removeTable(name string) error {
 	return nil
 }
 
-// removeCgroups removes the cgroups whose names match a pattern at the top of
-// every hierarchy. Their processes are dead, so they are empty.
-func removeCgroups(patterns []string) error {
+// removeCgroups removes the keepers' and pods' cgroups in every hierarchy, from
+// the leaves up. Their processes are dead, so they are empty.
+func removeCgroups(t Target, ids []string) error {
+	names := []string{t.Keepers}
+	for _, id := range ids {
+		names = append(names, filepath.Join(t.Cgroup, id))
+	}
 	var failed []error
 	for _, hierarchy := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/*"} {
-		for _, pattern := range patterns {
-			dirs, err := filepath.Glob(filepath.Join(hierarchy, pattern))
+		for _, name := range names {
+			dirs, err := filepath.Glob(filepath.Join(hierarchy, name))
 			if err != nil {
 				return err
 			}
@@ -214,10 +234,18 @@ func removeCgroups(patterns []string) error {
 				failed = append(failed, removeCgroup(dir))
 			}
 		}
+		parents, err := filepath.Glob(filepath.Join(hierarchy, t.Cgroup))
+		if err != nil {
+			return err
+		}
+		for _, dir := range parents {
+			_ = unix.Rmdir(dir) // it stays if another daemon's pods are in it
+		}
 	}
 	return errors.Join(failed...)
 }
 
+// removeCgroup removes a cgroup and those below it.
 func removeCgroup(dir string) error {
 	var dirs []string
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {

@@ -25,23 +25,24 @@ func TestAll(t *testing.T) {
 	dir := t.TempDir()
 	target := Target{
 		Root: filepath.Join(dir, "root"), State: filepath.Join(dir, "state"), Link: "smpr0",
-		NetNS:   filepath.Join(dir, "netns", "sampan-*"),
-		Cgroups: []string{"none", fmt.Sprintf("smp-reset-test-%d", os.Getpid())},
+		NetNS: filepath.Join(dir, "netns"), Cgroup: fmt.Sprintf("smp-reset-test-%d", os.Getpid()),
+		Keepers: fmt.Sprintf("smp-reset-test-%d.keeper-*", os.Getpid()),
 		Marks:   filepath.Join(dir, "logs", "*", ".mark"),
 	}
 	logs := [...]string{filepath.Join(dir, "logs", "ours"), filepath.Join(dir, "logs", "others")}
+	const pod = "0123456789abcdef0123456789abcdef"
 	volume := filepath.Join(dir, "volume")
 	kept := filepath.Join(volume, "kept")
 	mountPoint := filepath.Join(target.State, "containers", "c", "bundle", "rootfs")
 	lower, upper, work := filepath.Join(target.Root, "layers", "l"), filepath.Join(target.Root, "upper"), filepath.Join(target.Root, "work")
-	for _, d := range []string{volume, mountPoint, filepath.Join(lower, "bin"), upper, work, filepath.Dir(target.NetNS), logs[0], logs[1], filepath.Join(target.Root, "bin")} {
+	for _, d := range []string{volume, mountPoint, filepath.Join(lower, "bin"), upper, work, filepath.Join(target.Root, "pods", pod), target.NetNS, logs[0], logs[1], filepath.Join(target.Root, "bin")} {
 		must(t, os.MkdirAll(d, 0o755))
 	}
 	must(t, os.WriteFile(kept, nil, 0o644))
 	must(t, os.WriteFile(filepath.Join(logs[0], ".mark"), nil, 0o644))
 	t.Cleanup(func() {
 		host.UnmountUnder(dir)
-		removeCgroups(target.Cgroups)
+		removeCgroups(target, []string{pod})
 	})
 
 	busy := binary(t, filepath.Join(target.Root, "bin", "keeper-1"))
@@ -70,10 +71,12 @@ func TestAll(t *testing.T) {
 	}
 	cgroups, _ := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
 	if len(cgroups) > 0 {
-		must(t, os.MkdirAll(filepath.Join(filepath.Dir(cgroups[0]), target.Cgroups[1], "b"), 0o755))
+		for _, name := range []string{target.Cgroup + "/" + pod + "/a", target.Cgroup + ".keeper-a"} {
+			must(t, os.MkdirAll(filepath.Join(filepath.Dir(cgroups[0]), name), 0o755))
+		}
 	}
 
-	pin, own := filepath.Join(filepath.Dir(target.NetNS), "sampan-1"), filepath.Join(dir, "own-netns")
+	pin, own := filepath.Join(target.NetNS, "sampan-"+pod[:16]), filepath.Join(dir, "own-netns")
 	for _, p := range []string{pin, own} {
 		must(t, host.Namespaces{Net: p}.Create())
 	}
@@ -117,7 +120,7 @@ func TestAll(t *testing.T) {
 			t.Error("removed what is not ours:", err)
 		}
 	}
-	if left, _ := filepath.Glob("/sys/fs/cgroup/*/" + target.Cgroups[1]); len(left) > 0 {
+	if left, _ := filepath.Glob("/sys/fs/cgroup/*/" + target.Cgroup + "*"); len(left) > 0 {
 		t.Error("cgroups are left:", left)
 	}
 	if err := other.Process.Signal(unix.Signal(0)); err != nil {
