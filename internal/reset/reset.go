@@ -217,7 +217,7 @@ func removeTable(name string) error {
 }
 
 // removeCgroups removes the keepers' and pods' cgroups in every hierarchy, from
-// the leaves up. Their processes are dead, so they are empty.
+// the leaves up.
 func removeCgroups(t Target, ids []string) error {
 	names := []string{t.Keepers}
 	for _, id := range ids {
@@ -245,7 +245,8 @@ func removeCgroups(t Target, ids []string) error {
 	return errors.Join(failed...)
 }
 
-// removeCgroup removes a cgroup and those below it.
+// removeCgroup removes a cgroup and those below it. One with processes is left:
+// ours are dead, so they are those of another daemon.
 func removeCgroup(dir string) error {
 	var dirs []string
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -258,7 +259,7 @@ func removeCgroup(dir string) error {
 		return err
 	})
 	for _, d := range slices.Backward(dirs) {
-		if rm := unix.Rmdir(d); rm != nil && !errors.Is(rm, unix.ENOENT) {
+		if rm := unix.Rmdir(d); rm != nil && !errors.Is(rm, unix.ENOENT) && !errors.Is(rm, unix.EBUSY) {
 			return fmt.Errorf("remove cgroup %s: %w", d, rm)
 		}
 	}
