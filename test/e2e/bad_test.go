@@ -55,8 +55,11 @@ func TestBadRequests(t *testing.T) {
 	pod := l.RunPod(t, podConfig)
 	clean := l.Mark(t)
 
+	// Names of their own, lest a request join what an earlier one should not have made.
+	made := 0
+	bad := func() string { made++; return fmt.Sprint("bad-", made) }
 	runPod := func(handler string, edit func(*runtimeapi.PodSandboxConfig)) func(context.Context) error {
-		config := l.PodConfig("bad")
+		config := l.PodConfig(bad())
 		if edit != nil {
 			edit(config)
 		}
@@ -66,7 +69,7 @@ func TestBadRequests(t *testing.T) {
 		}
 	}
 	create := func(edit func(*runtimeapi.ContainerConfig)) func(context.Context) error {
-		config := l.ContainerConfig("bad", image, "sh")
+		config := l.ContainerConfig(bad(), image, "sh")
 		edit(config)
 		return func(ctx context.Context) error {
 			_, err := l.Runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: pod, Config: config, SandboxConfig: podConfig})
@@ -128,7 +131,7 @@ func TestBadRequests(t *testing.T) {
 		}), invalid, []string{"network"}},
 		{"container in an absent pod", func(ctx context.Context) error {
 			_, err := l.Runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{
-				PodSandboxId: strings.Repeat("cd", 32), Config: l.ContainerConfig("bad", image, "sh"), SandboxConfig: podConfig})
+				PodSandboxId: strings.Repeat("cd", 32), Config: l.ContainerConfig(bad(), image, "sh"), SandboxConfig: podConfig})
 			return err
 		}, missing, []string{strings.Repeat("cd", 32)}},
 		{"start of what is absent", func(ctx context.Context) error {
@@ -136,7 +139,7 @@ func TestBadRequests(t *testing.T) {
 			return err
 		}, missing, []string{strings.Repeat("ef", 32)}},
 
-		{"image that no registry has", pull("docker.io/library/absent:1"), missing, []string{"docker.io/library/absent:1", l.Registry}},
+		{"image that no registry has", pull("docker.io/library/absent:1"), missing, []string{"docker.io/library/absent:1", strings.TrimPrefix(l.Registry, "http://")}},
 		{"tag that the repository lacks", pull("docker.io/library/nginx:no-such-tag"), missing, []string{"no-such-tag"}},
 		{"reference that is none", pull("Not A Reference!"), invalid, []string{"Not A Reference!"}},
 		{"digest that is none", pull("docker.io/library/nginx@sha256:1234"), invalid, []string{"sha256:1234"}},
@@ -147,6 +150,9 @@ func TestBadRequests(t *testing.T) {
 			defer cancel()
 			checkError(t, tt.call(ctx), tt.codes, tt.texts...)
 			l.CheckSince(t, clean)
+			if t.Failed() {
+				clean = l.Mark(t) // so that the next case speaks for itself
+			}
 		})
 	}
 
