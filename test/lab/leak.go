@@ -145,14 +145,21 @@ func firewall(s snapshot) error {
 	if err != nil {
 		return fmt.Errorf("nft list ruleset: %w", err)
 	}
-	table, inElements := "", false
+	table, set, inElements := "", "", false
 	for line := range strings.Lines(string(out)) {
 		line = strings.TrimSpace(counters.ReplaceAllString(line, ""))
 		if strings.HasPrefix(line, "table ") {
 			table = strings.TrimSuffix(line, " {")
 		}
+		if strings.HasPrefix(line, "set ") || strings.HasPrefix(line, "map ") {
+			set = line
+		}
 		inElements = inElements || strings.HasPrefix(line, "elements = {")
 		switch {
+		case inElements && strings.HasPrefix(set, "set subnets"):
+			// The subnets are the node's, from its first pod on.
+			s["nft "+table+": "+line] = true
+			inElements = !strings.HasSuffix(line, "}")
 		case inElements:
 			s["element "+table+": "+line] = true
 			inElements = !strings.HasSuffix(line, "}")
