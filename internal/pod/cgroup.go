@@ -8,8 +8,10 @@ import (
 	"sampan.dev/sampan/internal/host"
 )
 
-// ownCgroups is the parent of the cgroups of pods whose client names none.
-const ownCgroups = "/sampan"
+// ownCgroup is the parent of the containers' cgroups in a pod whose client names
+// none. It is at the top, so that no two pods share a directory that one of them
+// would have to remove under the other.
+func ownCgroup(podID string) string { return "/sampan-" + podID[:min(16, len(podID))] }
 
 // cgroupsPath is the OCI cgroupsPath of a container: below the cgroup the kubelet
 // made for the pod, in the form the cgroup driver wants.
@@ -22,23 +24,23 @@ func (s *Pods) cgroupsPath(p *Pod, id string) string {
 		return path.Base(parent) + ":sampan:" + id
 	}
 	if parent == "" {
-		parent = path.Join(ownCgroups, p.ID)
+		parent = ownCgroup(p.ID)
 	}
 	return path.Join("/", parent, id)
 }
 
-// removeOwnCgroup removes the cgroup that was made for a pod without a parent
-// of its own. Those of its containers are gone with them.
+// removeOwnCgroup removes the cgroup that was made for a pod without a parent of
+// its own. Those of its containers are gone with them.
 func (s *Pods) removeOwnCgroup(ctx context.Context, podID string) error {
 	if s.cfg.SystemdCgroup {
 		return nil // a scope goes with its last process
 	}
-	dirs, err := filepath.Glob("/sys/fs/cgroup/*" + ownCgroups + "/" + podID)
-	if err != nil {
-		return err
-	}
-	if host.CgroupMode() == host.CgroupV2 {
-		dirs = []string{"/sys/fs/cgroup" + ownCgroups + "/" + podID}
+	dirs := []string{"/sys/fs/cgroup" + ownCgroup(podID)}
+	if host.CgroupMode() != host.CgroupV2 {
+		var err error
+		if dirs, err = filepath.Glob("/sys/fs/cgroup/*" + ownCgroup(podID)); err != nil {
+			return err
+		}
 	}
 	cg := make(host.Cgroup)
 	for _, dir := range dirs {
