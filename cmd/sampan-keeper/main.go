@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -20,18 +21,21 @@ import (
 	"sampan.dev/sampan/internal/ociruntime/cli"
 )
 
+// idleTimeout is how long a keeper stays that nobody needs.
+const idleTimeout = 5 * time.Second
+
 func main() {
 	builtin.Init() // returns only if this is no container's process
-	os.Exit(program.Main(os.Args[1:], runtimeOf))
+	os.Exit(program.Main(os.Args[1:], program.Config{Runtime: runtimeOf, IdleTimeout: idleTimeout}))
 }
 
 // runtimeOf returns the OCI runtime that a handler names.
-func runtimeOf(h keeper.Handler) (ociruntime.Runtime, error) {
+func runtimeOf(h keeper.Handler, log *slog.Logger) (ociruntime.Runtime, error) {
 	switch h.Kind {
 	case keeper.Builtin:
-		return builtin.New(builtin.Config{SystemdCgroup: h.SystemdCgroup, Logger: slog.Default()}), nil
+		return builtin.New(builtin.Config{SystemdCgroup: h.SystemdCgroup, Logger: log}), nil
 	case keeper.CLI:
-		return cli.New(cli.Config{Path: h.Path, SystemdCgroup: h.SystemdCgroup, Logger: slog.Default()}), nil
+		return cli.New(cli.Config{Path: h.Path, SystemdCgroup: h.SystemdCgroup, Logger: log}), nil
 	default:
 		return nil, fmt.Errorf("handler of kind %q: %w", h.Kind, errdefs.ErrInvalidArgument)
 	}

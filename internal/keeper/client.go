@@ -28,8 +28,8 @@ var errInvalid = errdefs.ErrInvalidArgument
 const (
 	// A call is made again when the connection broke under it: the keeper's
 	// worker was killed and another one is coming up.
-	maxAttempts = 40
-	retryPause  = 50 * time.Millisecond
+	maxAttempts = 200
+	retryPause  = 20 * time.Millisecond
 )
 
 // Client talks to one keeper. It connects by itself, and again when the keeper
@@ -266,7 +266,7 @@ func (c *Client) call(ctx context.Context, op string, do func(context.Context, a
 	for range maxAttempts {
 		var conn *ttrpc.Client
 		if conn, err = c.connect(ctx); err != nil {
-			return fmt.Errorf("%s: %w", op, err)
+			break
 		}
 		err = c.lost(conn, do(ctx, api.NewKeeperClient(conn)))
 		if !errors.Is(err, errLost) {
@@ -276,10 +276,16 @@ func (c *Client) call(ctx context.Context, op string, do func(context.Context, a
 			break
 		}
 	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", op, api.FromWire(err))
+	return inWords(op, api.FromWire(err))
+}
+
+// inWords says of an error of this side what could not be done. One of the
+// keeper's says so itself.
+func inWords(op string, err error) error {
+	if err == nil || api.IsRemote(err) {
+		return err
 	}
-	return nil
+	return fmt.Errorf("%s: %w", op, err)
 }
 
 // errLost says that the connection broke. It is ErrUnavailable to callers.

@@ -21,10 +21,7 @@ import (
 // again, since nobody knows what it did already.
 func (c *Client) Exec(ctx context.Context, r ExecRequest) (ExecResult, error) {
 	res, err := c.exec(ctx, r)
-	if err != nil {
-		return ExecResult{}, fmt.Errorf("exec in container %s: %w", r.ID, err)
-	}
-	return res, nil
+	return res, inWords("exec in container "+r.ID, err)
 }
 
 func (c *Client) exec(ctx context.Context, r ExecRequest) (ExecResult, error) {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -33,7 +34,7 @@ const fakeInitArg = "fake-init"
 //	sessions  the sessions, one a line
 type fakeRuntime struct{}
 
-func newFakeRuntime(h keeper.Handler) (ociruntime.Runtime, error) {
+func newFakeRuntime(h keeper.Handler, _ *slog.Logger) (ociruntime.Runtime, error) {
 	if h.Kind != keeper.Builtin {
 		return nil, fmt.Errorf("handler %s: %w", h.Kind, errdefs.ErrInvalidArgument)
 	}

@@ -70,6 +70,12 @@ func Remote(code codes.Code, message string) error {
 	return e
 }
 
+// IsRemote tells whether err is, or wraps, an error of the other side.
+func IsRemote(err error) bool {
+	var e *remoteError
+	return errors.As(err, &e)
+}
+
 // remoteError is an error of the other side: its text names its class already.
 type remoteError struct {
 	message string

@@ -16,8 +16,13 @@ import (
 	"sampan.dev/sampan/internal/ociruntime"
 )
 
-// idleTimeout is how long a keeper stays that has no container and no client.
-const idleTimeout = 5 * time.Second
+// Config is what a program decides about its keepers.
+type Config struct {
+	// Runtime returns the OCI runtime that a handler names.
+	Runtime func(keeper.Handler, *slog.Logger) (ociruntime.Runtime, error)
+	// IdleTimeout is how long a keeper stays that has no container and no client.
+	IdleTimeout time.Duration
+}
 
 // Supervisors and workers keep little; they trade some speed of collection for it.
 const (
@@ -27,7 +32,7 @@ const (
 
 // Main runs the program with the arguments behind its name, and returns its exit
 // code.
-func Main(args []string, runtimes func(keeper.Handler) (ociruntime.Runtime, error)) int {
+func Main(args []string, cfg Config) int {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	if len(args) == 0 {
 		fmt.Fprintln(os.Stderr, "sampan-keeper is started by sampan serve")
@@ -50,7 +55,7 @@ func Main(args []string, runtimes func(keeper.Handler) (ociruntime.Runtime, erro
 		err = supervisor.Run(supervisor.Config{Dir: *dir, Cgroup: *cgroup, Ready: *ready, Handover: *handover, Log: log})
 	case args[0] == "worker":
 		debug.SetGCPercent(workerGC)
-		err = worker.Run(worker.Config{Dir: *dir, Cgroup: *cgroup, Runtime: runtimes, IdleTimeout: idleTimeout, Log: log})
+		err = worker.Run(worker.Config{Dir: *dir, Cgroup: *cgroup, Runtime: cfg.Runtime, IdleTimeout: cfg.IdleTimeout, Log: log})
 	default:
 		err = fmt.Errorf("neither supervisor nor worker: %q", args[0])
 	}

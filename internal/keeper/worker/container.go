@@ -126,28 +126,43 @@ func (c *container) create(req keeper.CreateRequest) {
 	}
 }
 
-func (c *container) make(ctx context.Context) (err error) {
-	if err := os.Mkdir(c.dir, 0o700); err != nil {
-		return err
-	}
-	if err := state.Write(c.path(requestName), requestKind, c.req, state.Volatile); err != nil {
-		return err
-	}
-	if c.rt, err = c.w.runtime(c.req.Handler); err != nil {
-		return err
-	}
-	stdio, err := c.openStdio()
-	if err != nil {
-		return err
-	}
+func (c *container) make(ctx context.Context) error {
+	stdio, err := c.prepare()
 	defer stdio.close()
-	if err := c.openLog(); err != nil {
-		return err
+	if err != nil {
+		return fmt.Errorf("create container %s: %w", c.id, err)
 	}
+	// The runtime's errors say what could not be done.
 	started, err := c.rt.Create(ctx, c.name(), ociruntime.CreateRequest{Bundle: c.req.Bundle, Stdio: stdio.forProcess(c.req.Terminal)})
 	if err != nil {
 		return err
 	}
+	if err := c.settle(started); err != nil {
+		return fmt.Errorf("create container %s: %w", c.id, err)
+	}
+	return nil
+}
+
+// prepare makes what a container needs before its runtime makes it, the request
+// first, and returns the container's ends of its stdio, to be closed in any case.
+func (c *container) prepare() (s stdio, err error) {
+	if err := os.Mkdir(c.dir, 0o700); err != nil {
+		return s, err
+	}
+	if err := state.Write(c.path(requestName), requestKind, c.req, state.Volatile); err != nil {
+		return s, err
+	}
+	if c.rt, err = c.w.runtime(c.req.Handler); err != nil {
+		return s, err
+	}
+	if s, err = c.openStdio(); err != nil {
+		return s, err
+	}
+	return s, c.openLog()
+}
+
+// settle takes charge of what the runtime has made.
+func (c *container) settle(started ociruntime.Started) error {
 	if started.Console != nil {
 		if err := c.hold(consoleName, started.Console); err != nil {
 			return err
@@ -315,7 +330,7 @@ func (c *container) start(ctx context.Context) (time.Time, error) {
 	}
 	at := time.Now()
 	if err := state.Write(c.path(startedName), startedKind, startedRecord{at}, state.Volatile); err != nil {
-		return time.Time{}, err
+		return time.Time{}, fmt.Errorf("start container %s: %w", c.id, err)
 	}
 	if err := c.rt.Start(ctx, c.name()); err != nil {
 		return time.Time{}, errors.Join(err, state.Remove(c.path(startedName)))

@@ -45,6 +45,7 @@ func (w *worker) serveExecs(l net.Listener) error {
 			defer conn.Close()
 			x := &execution{w: w, conn: conn.(*countedConn).UnixConn}
 			if err := x.run(); err != nil {
+				// The caller may be gone, and then nobody needs to know.
 				api.SendFrame(x.conn, &api.ExecReply{Code: uint32(api.Code(err)), Message: err.Error()})
 			}
 		}()
@@ -63,7 +64,7 @@ func (x *execution) run() error {
 	x.conn.SetReadDeadline(time.Now().Add(execRequestTimeout))
 	files, err := api.RecvFrame(x.conn, &x.req)
 	if err != nil {
-		return fmt.Errorf("receive request: %w", err)
+		return fmt.Errorf("exec: receive request: %w", err)
 	}
 	x.conn.SetReadDeadline(time.Time{})
 	defer func() {
@@ -80,14 +81,14 @@ func (x *execution) run() error {
 	go x.watchCaller(cancel)
 
 	if x.c, err = x.w.container(ctx, x.req.Id); err != nil {
-		return err
+		return fmt.Errorf("exec in %w", err)
 	}
 	if s := x.c.state(); s != keeper.Running {
-		return fmt.Errorf("it is %s: %w", s, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("exec in container %s: it is %s: %w", x.c.id, s, errdefs.ErrFailedPrecondition)
 	}
 	process, err := x.process()
 	if err != nil {
-		return err
+		return fmt.Errorf("exec in container %s: %w", x.c.id, err)
 	}
 	started, err := x.c.rt.Exec(ctx, x.c.name(), ociruntime.ExecRequest{Process: process, Stdio: stdio})
 	if err != nil {
@@ -123,7 +124,7 @@ func (x *execution) stdio(files []*os.File) (ociruntime.Stdio, error) {
 		}
 	}
 	if want != len(files) {
-		return s, fmt.Errorf("%d files came, not %d: %w", len(files), want, errdefs.ErrInvalidArgument)
+		return s, fmt.Errorf("exec: %d files came, not %d: %w", len(files), want, errdefs.ErrInvalidArgument)
 	}
 	return s, nil
 }
@@ -172,7 +173,7 @@ func (x *execution) attend(ctx context.Context, started ociruntime.Started) erro
 	}
 	e := execProcess{c: x.c, statusPath: x.c.path(fmt.Sprintf("exec-%d", started.Pid))}
 	if err := e.identify(started); err != nil {
-		return err
+		return fmt.Errorf("exec in container %s: %w", x.c.id, err)
 	}
 	defer e.forget()
 	if started.Console != nil {
@@ -233,7 +234,7 @@ func (e *execProcess) wait(ctx context.Context, timeout time.Duration) (timedOut
 	dead, cancel := context.WithTimeout(context.Background(), execKillTimeout)
 	defer cancel()
 	if kerr := e.pidfd.Wait(dead); kerr != nil {
-		return true, fmt.Errorf("process %d does not die: %w", e.process.Pid, errdefs.ErrUnavailable)
+		return true, fmt.Errorf("exec in container %s: process %d does not die: %w", e.c.id, e.process.Pid, errdefs.ErrUnavailable)
 	}
 	return ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded), nil
 }

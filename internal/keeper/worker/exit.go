@@ -2,7 +2,6 @@ package worker
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -102,6 +101,9 @@ func exitStatus(p host.Process, pidfd *host.Pidfd, statusPath string) (unix.Wait
 			if pid, status, err := host.PeekExit(pidfd.Child()); err == nil && pid != 0 {
 				return status, true
 			}
+		}
+		if status, ok := p.ZombieStatus(); ok {
+			return status, true
 		}
 		if status, ok := link.ReadStatus(statusPath, p); ok {
 			return status, true
@@ -211,5 +213,3 @@ func nanos(t time.Time) int64 {
 	}
 	return t.UnixNano()
 }
-
-var errExited = fmt.Errorf("it has exited: %w", errdefs.ErrFailedPrecondition)

@@ -87,7 +87,7 @@ func (s *service) Update(ctx context.Context, r *api.UpdateRequest) (*api.Empty,
 	}
 	var resources specs.LinuxResources
 	if err := json.Unmarshal(r.Resources, &resources); err != nil {
-		return nil, fmt.Errorf("decode resources: %w: %w", err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("update container %s: decode resources: %w: %w", c.id, err, errdefs.ErrInvalidArgument)
 	}
 	return &api.Empty{}, c.rt.Update(context.WithoutCancel(ctx), c.name(), &resources)
 }
@@ -98,7 +98,7 @@ func (s *service) ReopenLog(ctx context.Context, r *api.ReopenLogRequest) (*api.
 		return nil, err
 	}
 	if c.state() == keeper.Exited {
-		return nil, errExited
+		return nil, fmt.Errorf("reopen log of container %s: it has exited: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
 	return &api.Empty{}, c.output.Reopen()
 }

@@ -45,11 +45,6 @@ func (s stdio) forProcess(terminal bool) ociruntime.Stdio {
 // reading too, so that a write neither fails nor raises SIGPIPE while no keeper is
 // there. With a terminal, stdout is the FIFO that the pty's output goes through.
 func (c *container) openStdio() (s stdio, err error) {
-	defer func() {
-		if err != nil {
-			s.close()
-		}
-	}()
 	if s.out, err = c.openOutput(stdoutName); err != nil {
 		return s, err
 	}

@@ -42,7 +42,7 @@ type Config struct {
 	Dir    string // the keeper's
 	Cgroup string // the keeper's; only passed on
 	// Runtime returns the runtime that a handler names.
-	Runtime func(keeper.Handler) (ociruntime.Runtime, error)
+	Runtime func(keeper.Handler, *slog.Logger) (ociruntime.Runtime, error)
 	// IdleTimeout is how long a keeper without containers and clients stays.
 	IdleTimeout time.Duration
 	Log         *slog.Logger
@@ -334,7 +334,7 @@ func (w *worker) runtime(h keeper.Handler) (ociruntime.Runtime, error) {
 	if rt, ok := w.runtimes[h]; ok {
 		return rt, nil
 	}
-	rt, err := w.cfg.Runtime(h)
+	rt, err := w.cfg.Runtime(h, w.log)
 	if err == nil {
 		w.runtimes[h] = rt
 	}
