@@ -571,18 +571,7 @@ func (s *suite) deleteForkBomb(t *testing.T) {
 	c.Delete()
 	c.AssertGone()
 	c.Wait()
-	reapStrays()
-}
-
-// reapStrays reaps what was re-parented to us, the subreaper, when nothing
-// else is to be waited for.
-func reapStrays() {
-	for {
-		pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil)
-		if pid <= 0 && !errors.Is(err, unix.EINTR) {
-			return
-		}
-	}
+	reapZombies(0)
 }
 
 // newProcess: what one Runtime began, another goes on with.

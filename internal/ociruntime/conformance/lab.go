@@ -262,15 +262,35 @@ func exitCode(s unix.WaitStatus) int {
 func reap(t testing.TB, s ociruntime.Started) unix.WaitStatus {
 	t.Helper()
 	var status unix.WaitStatus
-	for {
-		pid, err := unix.Wait4(s.Pid, &status, 0, nil)
-		if errors.Is(err, unix.EINTR) {
-			continue
+	for begin := time.Now(); time.Since(begin) < 20*time.Second; time.Sleep(time.Millisecond) {
+		switch pid, err := unix.Wait4(s.Pid, &status, unix.WNOHANG, nil); {
+		case err != nil && !errors.Is(err, unix.EINTR):
+			t.Errorf("reap process %d: %v", s.Pid, err)
+			return status
+		case pid == s.Pid:
+			return status
 		}
-		if err != nil || pid != s.Pid {
-			t.Errorf("reap process %d: pid %d, error %v", s.Pid, pid, err)
+		if !s.Child && time.Since(begin) > 500*time.Millisecond {
+			// Commands leave processes behind that nobody was told of, e.g. that of
+			// an exec that failed. It keeps its PID namespace from ending.
+			reapZombies(s.Pid)
 		}
-		return status
+	}
+	t.Errorf("process %d has not ended in 20 s", s.Pid)
+	return status
+}
+
+// reapZombies reaps all children that have ended, but not one that is waited
+// for elsewhere. It must not run while others wait for theirs.
+func reapZombies(except int) {
+	lists, _ := filepath.Glob("/proc/self/task/*/children")
+	for _, list := range lists {
+		data, _ := os.ReadFile(list) // the thread may have ended
+		for field := range bytes.FieldsSeq(data) {
+			if pid, err := strconv.Atoi(string(field)); err == nil && pid != except {
+				unix.Wait4(pid, nil, unix.WNOHANG, nil)
+			}
+		}
 	}
 }
 

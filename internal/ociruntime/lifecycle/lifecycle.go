@@ -542,14 +542,15 @@ func readSpec(bundle string) (*specs.Spec, error) {
 	}
 	spec.Root.Path = absolute(bundle, spec.Root.Path)
 	for i, m := range spec.Mounts {
-		if isBind(m) {
+		if IsBind(m) {
 			spec.Mounts[i].Source = absolute(bundle, m.Source)
 		}
 	}
 	return &spec, nil
 }
 
-func isBind(m specs.Mount) bool {
+// IsBind reports whether a mount is a bind mount.
+func IsBind(m specs.Mount) bool {
 	if m.Type == "bind" {
 		return true
 	}
