@@ -29,7 +29,7 @@ func (r *Repository) Blob(ctx context.Context, want digest.Digest, size int64) (
 	return b, nil
 }
 
-// Blob transfers that break off are resumed this often if nothing comes in
+// Transfers that break off are taken up this often if next to nothing comes in
 // between, and that often in all.
 const (
 	maxIdleResumes = 4
@@ -48,8 +48,9 @@ type blob struct {
 	body    io.ReadCloser // nil between two transfers
 	cancel  context.CancelCauseFunc
 	watch   stallWatch
+	start   int64 // offset that body starts at
 
-	idle    int   // transfers in a row that broke off with nothing come
+	idle    int   // transfers in a row that broke off and brought next to nothing
 	resumes int   // transfers that broke off
 	err     error // sticky
 }
@@ -57,6 +58,7 @@ type blob struct {
 // open starts a transfer at the current offset.
 func (b *blob) open() error {
 	ctx, cancel := context.WithCancelCause(b.ctx)
+	watch := stallWatch{limit: b.repo.timing.stall, cancel: cancel}
 	tried := 0
 	err := b.repo.each(docker.HostCapabilityPull, func(e endpoint, last bool) error {
 		if tried++; tried <= b.idle && !last {
@@ -73,7 +75,7 @@ func (b *blob) open() error {
 		if err != nil {
 			return err
 		}
-		if err := b.position(resp); err != nil {
+		if err := b.position(resp, &watch); err != nil {
 			resp.Body.Close()
 			return q.fail(err)
 		}
@@ -84,13 +86,12 @@ func (b *blob) open() error {
 		cancel(nil)
 		return err
 	}
-	b.cancel = cancel
-	b.watch = stallWatch{limit: b.repo.timing.stall, cancel: cancel}
+	b.cancel, b.watch, b.start = cancel, watch, b.offset
 	return nil
 }
 
 // position makes sure that the answer goes on where the last one stopped.
-func (b *blob) position(resp *http.Response) error {
+func (b *blob) position(resp *http.Response, watch *stallWatch) error {
 	if b.offset == 0 {
 		if resp.ContentLength >= 0 && resp.ContentLength != b.size {
 			return fmt.Errorf("the answer has %d bytes, the manifest says %d: %w", resp.ContentLength, b.size, errdefs.ErrDataLoss)
@@ -98,7 +99,7 @@ func (b *blob) position(resp *http.Response) error {
 		return nil
 	}
 	if resp.StatusCode != http.StatusPartialContent {
-		if _, err := io.CopyN(io.Discard, resp.Body, b.offset); err != nil {
+		if _, err := io.CopyN(io.Discard, watched{resp.Body, watch}, b.offset); err != nil {
 			return transportError(b.ctx, err)
 		}
 		return nil
@@ -125,9 +126,6 @@ func (b *blob) Read(p []byte) (int, error) {
 		}
 		b.offset += int64(n)
 		b.verifier.Write(p[:n])
-		if n > 0 {
-			b.idle = 0
-		}
 		if err != nil {
 			b.err = b.ended(err)
 		}
@@ -150,6 +148,9 @@ func (b *blob) ended(err error) error {
 	b.close()
 	if b.ctx.Err() != nil {
 		return context.Cause(b.ctx)
+	}
+	if b.offset-b.start >= minProgress {
+		b.idle = 0
 	}
 	b.idle++
 	b.resumes++
@@ -225,6 +226,14 @@ func (r *Repository) Others() bool {
 // byte now and then has stalled.
 const minProgress = 16 << 10
 
+// watched is a reader under a stallWatch.
+type watched struct {
+	io.Reader
+	watch *stallWatch
+}
+
+func (w watched) Read(p []byte) (int, error) { return w.watch.read(w.Reader, p) }
+
 // stallWatch gives up on a transfer that makes no progress. Only the time spent
 // waiting for the other side counts.
 type stallWatch struct {
@@ -237,7 +246,7 @@ type stallWatch struct {
 
 func (w *stallWatch) read(r io.Reader, p []byte) (int, error) {
 	start := time.Now()
-	stalled := fmt.Errorf("nothing came for %v", w.limit)
+	stalled := fmt.Errorf("less than %d bytes came in %v", minProgress, w.limit)
 	timer := time.AfterFunc(max(w.limit-w.waited, 0), func() { w.cancel(stalled) })
 	n, err := r.Read(p)
 	if !timer.Stop() && err != nil && !errors.Is(err, io.EOF) {

@@ -8,10 +8,12 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
@@ -147,24 +149,64 @@ func parseHosts(data []byte) error {
 		}
 		return err
 	}
-	if err := doc.hostFields.check(); err != nil {
+	if err := doc.hostFields.check(doc.Server); err != nil {
 		return err
 	}
 	for host, fields := range doc.Hosts {
-		if err := fields.check(); err != nil {
+		if err := fields.check(host); err != nil {
 			return fmt.Errorf("host %q: %w", host, err)
 		}
 	}
 	return nil
 }
 
-func (f hostFields) check() error {
+// check finds what the library would stumble over.
+func (f hostFields) check(server string) error {
+	if !strings.HasPrefix(server, "http") {
+		server = "https://" + server
+	}
+	if _, err := url.Parse(server); err != nil {
+		return err
+	}
+	if !isStrings(f.CA, 1) {
+		return fmt.Errorf("ca is %v: want a file name or a list of them", f.CA)
+	}
+	if !isStrings(f.Client, 2) {
+		return fmt.Errorf("client is %v: want a file name, or a list of file names or pairs of them", f.Client)
+	}
+	if list, ok := f.Client.([]any); ok {
+		for _, e := range list {
+			if pair, ok := e.([]any); ok && len(pair) != 2 {
+				return fmt.Errorf("client has %v: want a certificate and a key", pair)
+			}
+		}
+	}
+	for key, value := range f.Header {
+		if !isStrings(value, 1) {
+			return fmt.Errorf("header %q is %v: want a text or a list of them", key, value)
+		}
+	}
+	if _, err := time.ParseDuration(f.DialTimeout); f.DialTimeout != "" && err != nil {
+		return fmt.Errorf("dial_timeout: %w", err)
+	}
 	for _, c := range f.Capabilities {
 		if !slices.Contains([]string{"pull", "resolve", "push", "referrers"}, strings.ToLower(c)) {
 			return fmt.Errorf("unknown capability %q (there are pull, resolve, push, referrers)", c)
 		}
 	}
 	return nil
+}
+
+// isStrings reports whether v is absent, a string, or a list of strings, with
+// lists in each other up to the given depth.
+func isStrings(v any, depth int) bool {
+	switch v := v.(type) {
+	case nil, string:
+		return true
+	case []any:
+		return depth > 0 && !slices.ContainsFunc(v, func(e any) bool { return e == nil || !isStrings(e, depth-1) })
+	}
+	return false
 }
 
 // quiet keeps the library from writing to a log of its own.
