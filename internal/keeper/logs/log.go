@@ -89,7 +89,8 @@ type Log struct {
 	open       [streams]bool // see entry
 	complained bool          // that the log cannot be written has been said
 
-	pumps []*pump
+	pumps     []*pump
+	closeOnce sync.Once
 }
 
 // Open opens the log, finishes the batch that a killed process may have left, and
@@ -173,7 +174,9 @@ func (l *Log) Drain(ctx context.Context) error {
 const closeTimeout = time.Second
 
 // Close stops moving output. What is in the FIFOs stays there.
-func (l *Log) Close() {
+func (l *Log) Close() { l.closeOnce.Do(l.close) }
+
+func (l *Log) close() {
 	for _, p := range l.pumps {
 		p.cancel()
 	}

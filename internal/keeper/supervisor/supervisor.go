@@ -32,6 +32,9 @@ const (
 	workerFiles        = 7
 )
 
+// oomScoreAdj is all but never killed for want of memory.
+const oomScoreAdj = "-999"
+
 // Config is what a supervisor is told.
 type Config struct {
 	Dir      string // the keeper's
@@ -50,9 +53,17 @@ func Run(cfg Config) error {
 		held:    map[string]map[string]*os.File{},
 		watched: map[int]link.Message{},
 	}
+	if cfg.Ready >= 0 {
+		unix.CloseOnExec(cfg.Ready)
+	}
 	signal.Ignore(unix.SIGPIPE, unix.SIGHUP, unix.SIGINT)
 	died := make(chan os.Signal, 1)
 	signal.Notify(died, unix.SIGCHLD)
+	// Whoever is short of memory, the keeper is not to blame. Containers have a
+	// score of their own.
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte(oomScoreAdj), 0); err != nil {
+		s.log.Warn("the kernel may kill the keeper for want of memory", "err", err)
+	}
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become a subreaper: %w", err)
 	}

@@ -48,8 +48,6 @@ type startedRecord struct {
 }
 
 const (
-	// createTimeout bounds a Create, whoever waits for it.
-	createTimeout = 2 * time.Minute
 	// drainTimeout bounds how long an exit waits for a log that cannot be written.
 	drainTimeout = 2 * time.Second
 	// killTimeout bounds how long a Delete waits for a killed process.
@@ -109,7 +107,7 @@ func (c *container) name() ociruntime.Container {
 
 // create makes the container and, on error, unmakes it.
 func (c *container) create(req keeper.CreateRequest) {
-	ctx, cancel := context.WithTimeout(context.Background(), createTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
 	defer cancel()
 	c.req = req
 	err := c.make(ctx)
@@ -221,7 +219,7 @@ func (c *container) adopt() {
 		c.failure = fmt.Errorf("adopt container %s: %w", c.id, err)
 		c.log.Error("adopt", "err", err)
 	case !made:
-		ctx, cancel := context.WithTimeout(context.Background(), createTimeout)
+		ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
 		defer cancel()
 		if err := c.remove(ctx); err != nil {
 			c.log.Error("remove what a cut off create has left", "err", err)
@@ -419,7 +417,6 @@ func (c *container) remove(ctx context.Context) error {
 	}
 	if c.output != nil {
 		c.output.Close()
-		c.output = nil
 	}
 	if c.pidfd != nil {
 		c.w.tell(link.Message{Op: link.Forget, Process: c.process}, nil)

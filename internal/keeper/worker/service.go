@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -40,19 +41,18 @@ func (s *service) Create(ctx context.Context, r *api.CreateRequest) (*api.Create
 		return nil, fmt.Errorf("container id %q: %w", r.Id, errdefs.ErrInvalidArgument)
 	}
 	w := s.w
-	w.mu.Lock()
-	if _, ok := w.containers[r.Id]; !ok {
-		c := w.newContainer(r.Id)
-		w.containers[r.Id] = c
-		go c.create(keeper.CreateRequest{
+	if !w.begin(r.Id, func(c *container) {
+		c.create(keeper.CreateRequest{
 			ID: r.Id, PodID: r.PodId, Bundle: r.Bundle, LogPath: r.LogPath, ExitRecord: r.ExitRecord,
 			Terminal: r.Terminal, Stdin: r.Stdin, StdinOnce: r.StdinOnce,
 			Handler: keeper.Handler{
 				Kind: keeper.HandlerKind(r.GetHandler().GetKind()), Path: r.GetHandler().GetPath(), SystemdCgroup: r.GetHandler().GetSystemdCgroup(),
 			},
 		})
+	}) {
+		<-ctx.Done() // this process is ending; the caller asks the next one
+		return nil, context.Cause(ctx)
 	}
-	w.mu.Unlock()
 	c, err := w.container(ctx, r.Id)
 	if err != nil {
 		return nil, err
@@ -60,12 +60,38 @@ func (s *service) Create(ctx context.Context, r *api.CreateRequest) (*api.Create
 	return &api.CreateResponse{Process: toAPIProcess(c.process)}, nil
 }
 
+// begin makes a container unless there is one called id. It is false if this
+// keeper makes none any more.
+func (w *worker) begin(id string, create func(*container)) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.leaves {
+		return false
+	}
+	if _, ok := w.containers[id]; !ok {
+		c := w.newContainer(id)
+		w.containers[id] = c
+		go create(c)
+	}
+	return true
+}
+
+// opTimeout bounds an operation that does not end with its caller.
+const opTimeout = 2 * time.Minute
+
+// detached is a context for such an operation.
+func detached(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), opTimeout)
+}
+
 func (s *service) Start(ctx context.Context, r *api.StartRequest) (*api.StartResponse, error) {
 	c, err := s.w.container(ctx, r.Id)
 	if err != nil {
 		return nil, err
 	}
-	at, err := c.start(context.WithoutCancel(ctx))
+	op, cancel := detached(ctx)
+	defer cancel()
+	at, err := c.start(op)
 	if err != nil {
 		return nil, err
 	}
@@ -89,7 +115,9 @@ func (s *service) Update(ctx context.Context, r *api.UpdateRequest) (*api.Empty,
 	if err := json.Unmarshal(r.Resources, &resources); err != nil {
 		return nil, fmt.Errorf("update container %s: decode resources: %w: %w", c.id, err, errdefs.ErrInvalidArgument)
 	}
-	return &api.Empty{}, c.rt.Update(context.WithoutCancel(ctx), c.name(), &resources)
+	op, cancel := detached(ctx)
+	defer cancel()
+	return &api.Empty{}, c.rt.Update(op, c.name(), &resources)
 }
 
 func (s *service) ReopenLog(ctx context.Context, r *api.ReopenLogRequest) (*api.Empty, error) {
@@ -112,7 +140,9 @@ func (s *service) Delete(ctx context.Context, r *api.DeleteRequest) (*api.Empty,
 	}
 	select {
 	case <-c.ready:
-		return &api.Empty{}, c.delete(context.WithoutCancel(ctx))
+		op, cancel := detached(ctx)
+		defer cancel()
+		return &api.Empty{}, c.delete(op)
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}

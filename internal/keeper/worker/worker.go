@@ -104,6 +104,7 @@ type worker struct {
 	runtimes   map[keeper.Handler]ociruntime.Runtime
 	watchers   map[chan *api.Event]struct{}
 	lastUse    time.Time
+	leaves     bool                           // the keeper is idle and ends
 	held       map[string]map[string]*os.File // from the supervisor, until adopted
 }
 
@@ -263,7 +264,7 @@ func (c *countedConn) Close() error {
 	return c.UnixConn.Close()
 }
 
-// idle tells whether nobody has needed this keeper for a while.
+// idle tells whether nobody has needed this keeper for a while, which then ends.
 func (w *worker) idle() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -271,7 +272,8 @@ func (w *worker) idle() bool {
 		w.lastUse = time.Now()
 		return false
 	}
-	return time.Since(w.lastUse) > w.cfg.IdleTimeout
+	w.leaves = time.Since(w.lastUse) > w.cfg.IdleTimeout
+	return w.leaves
 }
 
 // watchSupervisor waits for the supervisor's end, and takes its place.
