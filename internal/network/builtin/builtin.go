@@ -66,7 +66,7 @@ var _ network.Network = (*Network)(nil)
 func Open(cfg Config) (*Network, error) {
 	link := cfg.Link
 	if link == "" {
-		link = "sampan0"
+		link = defaultLink
 	}
 	if len(link) > maxLink {
 		return nil, fmt.Errorf("network link name %q: %w: longer than %d letters", link, errdefs.ErrInvalidArgument, maxLink)
@@ -153,11 +153,39 @@ func (n *Network) setPools(subnets []netip.Prefix) {
 	}
 }
 
-// Close implements network.Network.
+// Close implements network.Network. When there are no pods, the host is left as
+// it was found.
 func (n *Network) Close() error {
 	n.caretaker.stop()
+	n.mu.Lock()
+	idle := n.setUp != nil && len(n.pods) == 0
+	n.mu.Unlock()
+	if idle {
+		return errors.Join(n.host.dismantle(), n.host.Close())
+	}
 	return n.host.Close()
 }
+
+// Remove takes the built-in network off a host, pods' links included. It is for
+// uninstalling: nobody may use the network any more. Netns and link are those of
+// Config.
+func Remove(netns, link string) error {
+	if link == "" {
+		link = defaultLink
+	}
+	h, err := openHostSide(netns, link)
+	if err != nil {
+		return err
+	}
+	links, err := h.podLinks()
+	errs := []error{err}
+	for _, name := range links {
+		errs = append(errs, h.rt.do(delLink(name)))
+	}
+	return errors.Join(append(errs, h.dismantle(), h.Close())...)
+}
+
+const defaultLink = "sampan0"
 
 // Holds implements network.Network.
 func (n *Network) Holds(podID string) bool {
@@ -436,7 +464,23 @@ func (n *Network) prepareHost(l layout, pods []*record) (*setUp, error) {
 	if err := n.host.firewall.rebuild(l, pods); err != nil {
 		return nil, err
 	}
+	n.warnOfBlockers()
 	return &setUp{layout: l, mtu: n.host.mtu()}, nil
+}
+
+// warnOfBlockers tells the operator what to do where the host's own firewall
+// stands between pods and the world. Whether it does depends on rules that are
+// not ours to understand.
+func (n *Network) warnOfBlockers() {
+	chains, err := n.host.firewall.blockers()
+	if err != nil {
+		n.log.Warn("host firewall not examined", "err", err)
+	}
+	for _, c := range chains {
+		n.log.Warn("the host's firewall drops forwarded traffic by default; if pods have no network, let them pass",
+			"chain", c,
+			"remedy", fmt.Sprintf(`nft insert rule %s iifname "%s-*" accept; nft insert rule %s oifname "%s-*" accept`, c, n.host.link, c, n.host.link))
+	}
 }
 
 // repairFirewall brings the table back after somebody flushed the whole rule

@@ -1,6 +1,8 @@
 package builtin
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"net/netip"
@@ -466,4 +468,76 @@ func TestOpenRefuses(t *testing.T) {
 			t.Errorf("%s: got %v, want an invalid argument", name, err)
 		}
 	}
+}
+
+// With the last pod goes everything, at Close or by Remove, and nothing that is
+// not ours.
+func TestLeavesNothing(t *testing.T) {
+	for name, end := range map[string]func(*testing.T, *networktest.Lab, *Network, network.Pod){
+		"closed without pods": func(t *testing.T, lab *networktest.Lab, n *Network, pod network.Pod) {
+			if err := n.Detach(t.Context(), pod.ID); err != nil {
+				t.Fatal(err)
+			}
+			lab.Drop(t, pod.NetNS)
+			networktest.Eventually(t, "the pod is forgotten", func() bool { return !n.Holds(pod.ID) })
+			if err := n.Close(); err != nil {
+				t.Error(err)
+			}
+		},
+		"removed": func(t *testing.T, lab *networktest.Lab, n *Network, _ network.Pod) {
+			if err := n.Close(); err != nil {
+				t.Error(err)
+			}
+			for range 2 {
+				if err := Remove(lab.Host, ""); err != nil {
+					t.Error(err)
+				}
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lab := networktest.NewLab(t)
+			lab.IP(t, lab.Host, "route add unreachable 10.99.0.0/16")
+			lab.Run(t, lab.Host, "nft", "add table inet mine")
+			look := func() string {
+				var out strings.Builder
+				for _, what := range []string{"-o link", "-4 -o addr", "-4 route", "-6 route show table all type unreachable"} {
+					out.WriteString(lab.IP(t, lab.Host, what))
+				}
+				return out.String() + lab.Run(t, lab.Host, "nft", "list", "ruleset")
+			}
+			before := look()
+			n := openIn(t, lab, t.TempDir(), subnet4, subnet6)
+			pod := lab.NewPod(t, mapping(network.TCP, 8080, 80))
+			if _, err := n.Attach(t.Context(), pod); err != nil {
+				t.Fatal(err)
+			}
+			end(t, lab, n, pod)
+			if diff := cmp.Diff(before, look()); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+func TestForwardingFirewall(t *testing.T) {
+	lab := networktest.NewLab(t)
+	var log bytes.Buffer
+	n, err := Open(Config{Dir: t.TempDir(), Subnets: []netip.Prefix{subnet4}, NetNS: lab.Host, Logger: slog.New(slog.NewJSONHandler(&log, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { n.Close() })
+	lab.Run(t, lab.Host, "nft", "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }")
+	pod := lab.NewPod(t)
+	networktest.Attach(t, n, pod)
+	lab.Serve(t, lab.Outside, "tcp4", ":80", "outside")
+	lab.MustNotAsk(t, pod.NetNS, "tcp", "192.0.2.2:80")
+
+	var entry struct{ Remedy string }
+	if err := json.Unmarshal(log.Bytes(), &entry); err != nil {
+		t.Fatalf("no warning: %v in %q", err, log.String())
+	}
+	lab.Run(t, lab.Host, "sh", "-c", entry.Remedy)
+	lab.MustAsk(t, pod.NetNS, "tcp", "192.0.2.2:80", "outside saw 192.0.2.1")
 }

@@ -78,6 +78,35 @@ func (f *firewall) present() (bool, error) {
 	return err == nil, err
 }
 
+// blockers names chains of others that drop what they do not know of all
+// forwarded traffic, as Docker sets up. What one table accepts another can still
+// drop; only the operator can say that pods may pass there.
+func (f *firewall) blockers() ([]string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	chains, err := f.conn.ListChains()
+	if err != nil {
+		return nil, fmt.Errorf("list chains: %w", err)
+	}
+	var names []string
+	for _, c := range chains {
+		if c.Hooknum == nil || *c.Hooknum != *nftables.ChainHookForward || c.Policy == nil || *c.Policy != nftables.ChainPolicyDrop {
+			continue
+		}
+		switch c.Table.Family {
+		case nftables.TableFamilyINet, nftables.TableFamilyIPv4, nftables.TableFamilyIPv6:
+			names = append(names, familyNames[c.Table.Family]+" "+c.Table.Name+" "+c.Name)
+		}
+	}
+	return names, nil
+}
+
+var familyNames = map[nftables.TableFamily]string{
+	nftables.TableFamilyINet: "inet",
+	nftables.TableFamilyIPv4: "ip",
+	nftables.TableFamilyIPv6: "ip6",
+}
+
 // remove deletes the table.
 func (f *firewall) remove() error {
 	f.mu.Lock()

@@ -121,15 +121,30 @@ func (h *hostSide) prepare(l layout) error {
 	return h.rt.do(requests...)
 }
 
+// dismantle undoes prepare, except that forwarding stays on: others may have come
+// to rely on it.
+func (h *hostSide) dismantle() error {
+	err := h.firewall.remove()
+	gateways, lookupErr := h.rt.link(h.link)
+	if lookupErr != nil && !errors.Is(lookupErr, unix.ENODEV) {
+		return errors.Join(err, lookupErr)
+	}
+	requests := h.outdated(int(gateways.index), layout{})
+	if gateways.kind == "bridge" {
+		requests = append(requests, delLink(h.link))
+	}
+	return errors.Join(err, h.rt.do(requests...))
+}
+
 // outdated removes what was prepared for subnets that are no longer in use: they
 // may belong to another node by now.
 func (h *hostSide) outdated(gateways int, l layout) []request {
 	var requests []request
 	for _, fam := range []int{unix.AF_INET, unix.AF_INET6} {
 		// What cannot be listed stays, and is listed again next time.
-		addrs, _ := h.netlink.AddrList(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: gateways}}, fam)
+		addrs, _ := h.netlink.AddrList(nil, fam)
 		for _, a := range addrs {
-			if addr, ok := prefixOf(a.IPNet); ok && addr.IsSingleIP() && !slices.Contains(l.gateways, addr.Addr()) {
+			if addr, ok := prefixOf(a.IPNet); ok && a.LinkIndex == gateways && addr.IsSingleIP() && !slices.Contains(l.gateways, addr.Addr()) {
 				requests = append(requests, delAddr(int32(gateways), addr.Addr()))
 			}
 		}

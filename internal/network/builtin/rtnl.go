@@ -67,6 +67,9 @@ func (c *rtnl) Close() error {
 // do sends the requests together and returns the joined errors of those that
 // failed. A failed request does not keep the ones after it from being done.
 func (c *rtnl) do(requests ...request) error {
+	if len(requests) == 0 {
+		return nil
+	}
 	_, err := c.exchange(requests)
 	return err
 }

@@ -525,7 +525,11 @@ func readConf(file string) (*libcni.NetworkConfigList, error) {
 	if err != nil {
 		return nil, err
 	}
-	return libcni.ConfListFromConf(plugin)
+	return inline(&libcni.NetworkConfigList{
+		Name:       plugin.Network.Name,
+		CNIVersion: plugin.Network.CNIVersion,
+		Plugins:    []*libcni.PluginConfig{plugin},
+	})
 }
 
 // inline turns a configuration, parts of which may be in files of their own,

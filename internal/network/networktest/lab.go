@@ -202,7 +202,10 @@ func clientIP(a net.Addr) netip.Addr {
 
 // Ask connects from a namespace to an address and returns what the server says.
 func (l *Lab) Ask(ns, proto, addr string) (string, error) {
-	const wait = 800 * time.Millisecond
+	return l.ask(ns, proto, addr, 3*time.Second)
+}
+
+func (l *Lab) ask(ns, proto, addr string, wait time.Duration) (string, error) {
 	var conn net.Conn
 	err := host.InNetNS(ns, func() (err error) {
 		ctx, cancel := context.WithTimeout(context.Background(), wait)
@@ -238,7 +241,7 @@ func (l *Lab) MustAsk(t testing.TB, ns, proto, addr, want string) {
 // MustNotAsk fails the test if somebody answers.
 func (l *Lab) MustNotAsk(t testing.TB, ns, proto, addr string) {
 	t.Helper()
-	if got, err := l.Ask(ns, proto, addr); err == nil {
+	if got, err := l.ask(ns, proto, addr, 300*time.Millisecond); err == nil {
 		t.Errorf("ask %s %s: got %q, want no answer", proto, addr, got)
 	}
 }
