@@ -31,7 +31,7 @@ bin/sampan-keeper:
 	CGO_ENABLED=1 $(GO_BUILD) -tags $(KEEPER_TAGS) -ldflags '-s -w -linkmode external -extldflags "-static"' -o $@ ./cmd/sampan-keeper
 bin/sampan-hello:
 	CGO_ENABLED=0 $(GO_BUILD) -ldflags '-s -w' -o $@ ./cmd/sampan-hello
-bin/init: $(wildcard cmd/sampan-init/*)
+bin/init: $(wildcard cmd/sampan-init/*.c)
 	@mkdir -p bin
 	$(CC) -Os -Wall -Wextra -Werror -static -s -o $@ cmd/sampan-init/*.c
 
