@@ -302,13 +302,13 @@ func TestKilled(t *testing.T) {
 			}
 			switch round % 3 {
 			case 0:
-				kill(t, info.WorkerPid)
+				kill(t, info.Worker)
 			case 1:
-				kill(t, info.SupervisorPid)
+				kill(t, info.Supervisor)
 			case 2:
-				unix.Kill(info.WorkerPid, unix.SIGSTOP)
-				kill(t, info.SupervisorPid)
-				kill(t, info.WorkerPid)
+				signal(info.Worker, unix.SIGSTOP)
+				kill(t, info.Supervisor)
+				kill(t, info.Worker)
 			}
 		}
 		for _, r := range requests {
@@ -338,11 +338,14 @@ func TestKilled(t *testing.T) {
 	})
 }
 
-func kill(t testing.TB, pid int) {
-	p, err := host.Identify(pid)
-	if err != nil {
-		return
+func signal(p host.Process, sig unix.Signal) {
+	if h, err := p.Open(); err == nil {
+		defer h.Close()
+		h.Signal(sig)
 	}
+}
+
+func kill(t testing.TB, p host.Process) {
 	h, err := p.Open()
 	if err != nil {
 		return

@@ -19,6 +19,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper/api"
 	"sampan.dev/sampan/internal/keeper/link"
 )
@@ -92,7 +93,7 @@ func (c *Client) Close() error {
 
 // Info is who a keeper is.
 type Info struct {
-	SupervisorPid, WorkerPid int
+	Supervisor, Worker host.Process
 }
 
 // Info asks the keeper who it is.
@@ -100,7 +101,7 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 	var info Info
 	err := c.call(ctx, "ask keeper", func(ctx context.Context, k api.KeeperClient) error {
 		r, err := k.Info(ctx, &api.InfoRequest{})
-		info = Info{int(r.GetSupervisor().GetPid()), int(r.GetWorker().GetPid())}
+		info = Info{fromAPIProcess(r.GetSupervisor()), fromAPIProcess(r.GetWorker())}
 		return err
 	})
 	return info, err

@@ -43,11 +43,17 @@ func newFakeRuntime(h keeper.Handler, _ *slog.Logger) (ociruntime.Runtime, error
 
 // fakeInit waits for Start and executes the process of config.json.
 func fakeInit(stateDir, bundle string) error {
-	f, err := os.Open(filepath.Join(stateDir, "go"))
+	f, err := os.OpenFile(filepath.Join(stateDir, "go"), os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
-	f.Read(make([]byte, 1))
+	for n := 0; n == 0; time.Sleep(time.Millisecond) {
+		n, _ = f.Read(make([]byte, 1))
+		// Nobody would find this process if its create was cut off.
+		if _, err := os.Stat(stateDir); err != nil {
+			return err
+		}
+	}
 	f.Close()
 	p, err := fakeProcess(bundle)
 	if err != nil {

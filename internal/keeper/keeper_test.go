@@ -97,12 +97,8 @@ func (l *lab) end() {
 }
 
 // kill kills a process and waits for its end.
-func (l *lab) kill(pid int) {
+func (l *lab) kill(p host.Process) {
 	l.t.Helper()
-	p, err := host.Identify(pid)
-	if err != nil {
-		return
-	}
 	h, err := p.Open()
 	if err != nil {
 		return
@@ -111,6 +107,14 @@ func (l *lab) kill(pid int) {
 	h.Signal(unix.SIGKILL)
 	if err := h.Wait(l.ctx()); err != nil {
 		l.t.Error(err)
+	}
+}
+
+// stop stops a process, lest it does something before it is killed.
+func (l *lab) stop(p host.Process) {
+	if h, err := p.Open(); err == nil {
+		defer h.Close()
+		h.Signal(unix.SIGSTOP)
 	}
 }
 
@@ -345,7 +349,7 @@ func TestWatch(t *testing.T) {
 	l.sh("live", "exit 2")
 	waitFor(t, has("live", 2))
 	l.sh("after", "sleep 0.2; exit 4")
-	l.kill(l.info().WorkerPid)
+	l.kill(l.info().Worker)
 	waitFor(t, has("after", 4))
 	mu.Lock()
 	if rounds < 2 {
@@ -455,7 +459,7 @@ func TestExecDiesWithWorker(t *testing.T) {
 		result <- err
 	}()
 	waitFor(t, func() bool { return countProcesses(marker) == 1 })
-	l.kill(l.info().WorkerPid)
+	l.kill(l.info().Worker)
 	if err := <-result; !errdefs.IsUnavailable(err) {
 		t.Fatalf("got %v", err)
 	}
@@ -478,12 +482,12 @@ func countProcesses(cmdline string) int {
 // the containers' output and exit codes come through.
 func TestKilled(t *testing.T) {
 	for name, kill := range map[string]func(*lab, keeper.Info){
-		"worker":     func(l *lab, i keeper.Info) { l.kill(i.WorkerPid) },
-		"supervisor": func(l *lab, i keeper.Info) { l.kill(i.SupervisorPid) },
+		"worker":     func(l *lab, i keeper.Info) { l.kill(i.Worker) },
+		"supervisor": func(l *lab, i keeper.Info) { l.kill(i.Supervisor) },
 		"both": func(l *lab, i keeper.Info) {
-			unix.Kill(i.WorkerPid, unix.SIGSTOP) // lest it becomes the supervisor
-			l.kill(i.SupervisorPid)
-			l.kill(i.WorkerPid)
+			l.stop(i.Worker) // lest it becomes the supervisor
+			l.kill(i.Supervisor)
+			l.kill(i.Worker)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -510,7 +514,7 @@ func TestKilled(t *testing.T) {
 				begin := time.Now()
 				waitFor(t, func() bool {
 					after := l.info()
-					return after.WorkerPid != before.WorkerPid && after.SupervisorPid != 1 && after.SupervisorPid != os.Getpid()
+					return after.Worker != before.Worker
 				})
 				t.Logf("round %d: %v", round, time.Since(begin))
 				for _, r := range requests {
@@ -564,7 +568,7 @@ func TestExitWithoutWorker(t *testing.T) {
 		requests = append(requests, l.sh(fmt.Sprint("c", i), fmt.Sprintf("echo line 0; sleep 0.%d; echo end; exit %d", i+1, i+1)))
 	}
 	for deadline := time.Now().Add(time.Second); time.Now().Before(deadline); {
-		l.kill(l.info().WorkerPid)
+		l.kill(l.info().Worker)
 	}
 	for i, r := range requests {
 		if e := l.waitExit(r); e.Code != int32(i+1) {
@@ -599,9 +603,9 @@ func TestKilledAtRandom(t *testing.T) {
 			}
 			kills++
 			if rnd.IntN(3) == 0 {
-				l.kill(info.SupervisorPid)
+				l.kill(info.Supervisor)
 			} else {
-				l.kill(info.WorkerPid)
+				l.kill(info.Worker)
 			}
 		}
 	})

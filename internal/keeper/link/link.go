@@ -44,7 +44,7 @@ const (
 
 // From the supervisor to a new worker: Hold for every file, and then
 const (
-	// Begin: these were all.
+	// Begin: these were all. Process is the supervisor itself.
 	Begin Op = "begin"
 )
 

@@ -68,6 +68,10 @@ func Run(cfg Config) error {
 		return fmt.Errorf("become a subreaper: %w", err)
 	}
 	died <- unix.SIGCHLD // children may have exited before
+	var err error
+	if s.self, err = host.Identify(os.Getpid()); err != nil {
+		return err
+	}
 	if err := s.setUp(); err != nil {
 		if errors.Is(err, errRuns) {
 			s.tellReady()
@@ -98,6 +102,7 @@ func Run(cfg Config) error {
 type supervisor struct {
 	cfg   Config
 	log   *slog.Logger
+	self  host.Process
 	files [workerFiles]*os.File // of every worker; those of the link and stdio are nil
 
 	backoff backoff
@@ -192,7 +197,7 @@ func (s *supervisor) handOver(conn *link.Conn) {
 			return // it died; the next one gets them
 		}
 	}
-	if err := conn.Send(link.Message{Op: link.Begin}, nil); err != nil {
+	if err := conn.Send(link.Message{Op: link.Begin, Process: s.self}, nil); err != nil {
 		return
 	}
 	conn.Wait(func() bool {

@@ -125,7 +125,7 @@ func (c *container) create(req keeper.CreateRequest) {
 }
 
 func (c *container) make(ctx context.Context) error {
-	stdio, err := c.prepare()
+	stdio, err := c.prepare(ctx)
 	defer stdio.close()
 	if err != nil {
 		return fmt.Errorf("create container %s: %w", c.id, err)
@@ -143,14 +143,22 @@ func (c *container) make(ctx context.Context) error {
 
 // prepare makes what a container needs before its runtime makes it, the request
 // first, and returns the container's ends of its stdio, to be closed in any case.
-func (c *container) prepare() (s stdio, err error) {
-	if err := os.Mkdir(c.dir, 0o700); err != nil {
+func (c *container) prepare(ctx context.Context) (s stdio, err error) {
+	if c.rt, err = c.w.runtime(c.req.Handler); err != nil {
+		return s, err
+	}
+	err = os.Mkdir(c.dir, 0o700)
+	if errors.Is(err, fs.ErrExist) {
+		// An undo that could not be finished.
+		if err := c.remove(ctx); err != nil {
+			return s, err
+		}
+		err = os.Mkdir(c.dir, 0o700)
+	}
+	if err != nil {
 		return s, err
 	}
 	if err := state.Write(c.path(requestName), requestKind, c.req, state.Volatile); err != nil {
-		return s, err
-	}
-	if c.rt, err = c.w.runtime(c.req.Handler); err != nil {
 		return s, err
 	}
 	if s, err = c.openStdio(); err != nil {
@@ -423,8 +431,23 @@ func (c *container) remove(ctx context.Context) error {
 		host.Reap(c.pidfd.Child())
 	}
 	c.letGo()
-	if err := os.RemoveAll(c.dir); err != nil {
+	if err := removeDir(c.dir); err != nil {
 		return fmt.Errorf("remove container %s: %w", c.id, err)
 	}
 	return nil
+}
+
+// removeAttempts is how often a directory is emptied in which the supervisor may
+// just be writing how a process ended.
+const removeAttempts = 10
+
+func removeDir(dir string) error {
+	var err error
+	for range removeAttempts {
+		if err = os.RemoveAll(dir); !errors.Is(err, unix.ENOTEMPTY) {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return err
 }

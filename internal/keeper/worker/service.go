@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
 	"regexp"
 	"time"
 
@@ -12,7 +11,6 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/keeper/api"
 )
@@ -22,15 +20,7 @@ import (
 type service struct{ w *worker }
 
 func (s *service) Info(context.Context, *api.InfoRequest) (*api.InfoResponse, error) {
-	self, err := host.Identify(os.Getpid())
-	if err != nil {
-		return nil, err
-	}
-	parent, err := host.Identify(os.Getppid())
-	if err != nil {
-		return nil, err
-	}
-	return &api.InfoResponse{Supervisor: toAPIProcess(parent), Worker: toAPIProcess(self)}, nil
+	return &api.InfoResponse{Supervisor: toAPIProcess(s.w.supervisor), Worker: toAPIProcess(s.w.self)}, nil
 }
 
 // idPattern is what an id may look like: it is the name of a directory.

@@ -75,6 +75,9 @@ func Run(cfg Config) error {
 		runtimes:   map[keeper.Handler]ociruntime.Runtime{},
 		lastUse:    time.Now(),
 	}
+	if w.self, err = host.Identify(os.Getpid()); err != nil {
+		return err
+	}
 	if err := w.takeHeld(); err != nil {
 		return w.orPromote(err)
 	}
@@ -97,6 +100,8 @@ type worker struct {
 	link   *link.Conn
 	writer *logs.Writer
 
+	self, supervisor host.Process
+
 	connections atomic.Int64
 
 	mu         sync.Mutex
@@ -118,6 +123,7 @@ func (w *worker) takeHeld() error {
 		}
 		switch m.Op {
 		case link.Begin:
+			w.supervisor = m.Process
 			return nil
 		case link.Hold:
 			if w.held[m.ID] == nil {
