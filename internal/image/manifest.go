@@ -19,9 +19,6 @@ const (
 	maxNested = 3 // indexes in indexes
 )
 
-// mediaTypeSchema1 is the manifest of Docker before 1.10.
-const mediaTypeSchema1 = "application/vnd.docker.distribution.manifest.v1"
-
 // document is an index or a manifest: both have the fields that tell which.
 type document struct {
 	SchemaVersion int                   `json:"schemaVersion"`

@@ -37,10 +37,8 @@ func digestName(named reference.Named, d digest.Digest) string {
 	return reference.TrimNamed(named).Name() + "@" + d.String()
 }
 
-// minPrefix is how much of an id stands for all of it. Shorter ones are too
+// hexadecimal matches an id or the start of one. Less than six digits are too
 // easily meant as something else.
-const minPrefix = 6
-
 var hexadecimal = regexp.MustCompile(`^[0-9a-f]{6,64}$`)
 
 // idPrefix returns the hexadecimal digits if ref is an id or the start of one.

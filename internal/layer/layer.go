@@ -93,16 +93,16 @@ func Open(c Config) (*Store, error) {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	for _, dir := range []string{"tree", "record", "tmp", "empty/0", "empty/1"} {
-		if err := os.MkdirAll(s.path(dir), 0o700); err != nil {
+		if err := os.MkdirAll(s.path(dir), 0o755); err != nil {
 			return nil, fmt.Errorf("open layers: %w", err)
 		}
 	}
-	// A container's processes walk through these as whatever user they are.
-	for _, dir := range []string{"", "tree", "empty", "empty/0", "empty/1"} {
-		if err := os.Chmod(s.path(dir), 0o755); err != nil {
-			return nil, fmt.Errorf("open layers: %w", err)
-		}
+	// Layers have set-user-id programs that no user of this machine may reach.
+	// Overlayfs does: it looks into them with the rights of who mounted it.
+	if err := os.Chmod(s.root, 0o700); err != nil {
+		return nil, fmt.Errorf("open layers: %w", err)
 	}
+	spread(s.path("tmp"))
 	if err := s.load(); err != nil {
 		return nil, fmt.Errorf("open layers: %w", err)
 	}

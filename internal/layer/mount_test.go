@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -200,6 +201,44 @@ func TestMountOpaqueRoot(t *testing.T) {
 			t.Errorf("root file system (-want +got):\n%s", diff)
 		}
 	})
+}
+
+// A container sees its files whatever user it runs as, and a user of the machine
+// does not get at them.
+func TestMountOtherUsers(t *testing.T) {
+	everyWay(t, func(t *testing.T, s *Store) {
+		m := spec(t, s, apply(t, s, dir("a"), file("a/x", "1")))
+		if err := s.Mount(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+		inside, err := unix.Open(m.Target, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(inside)
+		asNobody(t, func() {
+			if fd, err := unix.Openat(inside, "a/x", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+				t.Errorf("in the container: %v", err)
+			} else {
+				unix.Close(fd)
+			}
+			if _, err := os.ReadFile(filepath.Join(s.Path(m.Layers[0]), "a/x")); !errors.Is(err, unix.EACCES) {
+				t.Errorf("on the machine: %v, want permission denied", err)
+			}
+		})
+	})
+}
+
+// asNobody runs fn with the file access rights of a user without any.
+func asNobody(t *testing.T, fn func()) {
+	t.Helper()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if _, err := unix.SetfsuidRetUid(65534); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.SetfsuidRetUid(0)
+	fn()
 }
 
 func TestMountErrors(t *testing.T) {
