@@ -57,7 +57,7 @@ func (h *hostSide) plug(ctx context.Context, pod *record, netns string, mtu uint
 // link that leads to another namespace is replaced.
 func (h *hostSide) connect(pod *record, ns int, netns string, mtu uint32) (link, error) {
 	pair := addVeth(pod.Link, hostMAC, podLink, pod.mac(), ns, mtu)
-	ends, err := h.rt.link(pod.Link, pair)
+	ends, err := h.rt.link(pod.Link, pair, quietUp(pod.Link))
 	if !errors.Is(err, unix.EEXIST) {
 		return ends, err
 	}
@@ -90,7 +90,7 @@ func (h *hostSide) connect(pod *record, ns int, netns string, mtu uint32) (link,
 	if uint32(peer.index) == old.peer && bytes.Equal(peer.mac, pod.mac()) {
 		return old, nil
 	}
-	return h.rt.link(pod.Link, delLink(pod.Link), pair)
+	return h.rt.link(pod.Link, delLink(pod.Link), pair, quietUp(pod.Link))
 }
 
 // setUpPodSide runs in the pod's namespace.

@@ -295,8 +295,7 @@ func addBridge(name string) request {
 }
 
 // addVeth makes a veth pair with the peer in another namespace from the start:
-// moving it there later would cost twenty times as much. The peer is not up yet;
-// the kernel does not allow that in the same message.
+// moving it there later would cost twenty times as much. Both ends are down.
 func addVeth(name string, mac net.HardwareAddr, peer string, peerMAC net.HardwareAddr, peerNS int, mtu uint32) request {
 	kind := attr(unix.IFLA_LINKINFO, nil)
 	kind.AddRtAttr(unix.IFLA_INFO_KIND, nl.NonZeroTerminated("veth"))
@@ -311,7 +310,7 @@ func addVeth(name string, mac net.HardwareAddr, peer string, peerMAC net.Hardwar
 		typ:   unix.RTM_NEWLINK,
 		flags: create,
 		body: []nl.NetlinkRequestData{
-			upInfo(0),
+			nl.NewIfInfomsg(unix.AF_UNSPEC),
 			attr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)),
 			// Set explicitly, an address is not "random" in udev's eyes, which
 			// would otherwise replace it behind our back.
@@ -319,6 +318,19 @@ func addVeth(name string, mac net.HardwareAddr, peer string, peerMAC net.Hardwar
 			attr(unix.IFLA_MTU, nl.Uint32Attr(mtu)),
 			kind,
 		},
+	}
+}
+
+// quietUp brings a link up without an IPv6 link-local address, which nobody needs
+// here: no duplicate detection, no router solicitations, no multicast reports
+// that would keep a thousand pods' links busy.
+func quietUp(name string) request {
+	spec := attr(unix.IFLA_AF_SPEC, nil)
+	spec.AddRtAttr(unix.AF_INET6, nil).AddRtAttr(unix.IFLA_INET6_ADDR_GEN_MODE, nl.Uint8Attr(nl.IN6_ADDR_GEN_MODE_NONE))
+	return request{
+		what: "bring up link " + name,
+		typ:  unix.RTM_SETLINK,
+		body: []nl.NetlinkRequestData{upInfo(0), attr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)), spec},
 	}
 }
 
