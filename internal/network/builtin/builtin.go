@@ -22,6 +22,7 @@ import (
 
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/network"
+	"sampan.dev/sampan/internal/state"
 )
 
 // Config says how the network is laid out.
@@ -76,10 +77,12 @@ func Open(cfg Config) (*Network, error) {
 		return nil, fmt.Errorf("open network records: %w", err)
 	}
 	subnets, err := shelf.subnets()
-	if err != nil {
+	if errors.Is(err, state.ErrDamaged) {
+		cfg.Logger.Warn("the kubelet's pod subnets are lost until it tells them again", "err", err)
+	} else if err != nil {
 		return nil, err
 	}
-	if subnets == nil {
+	if len(subnets) == 0 {
 		subnets = cfg.Subnets
 	}
 	if err := network.ValidateCIDRs(subnets); err != nil {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -333,6 +334,17 @@ func TestDamagedRecord(t *testing.T) {
 	again := networktest.Attach(t, next, pod)
 	if diff := cmp.Diff(at, again, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Error(diff)
+	}
+}
+
+func TestDamagedSubnets(t *testing.T) {
+	lab, dir := networktest.NewLab(t), t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "subnets"), []byte("sampan netw"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n := openIn(t, lab, dir, subnet4)
+	if at := networktest.Attach(t, n, lab.NewPod(t)); !subnet4.Contains(at.IPs[0]) {
+		t.Errorf("got %s", at.IPs[0])
 	}
 }
 

@@ -25,6 +25,7 @@ import (
 
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/network"
+	"sampan.dev/sampan/internal/state"
 )
 
 // Config says where configurations, plugins and records are.
@@ -83,7 +84,9 @@ func Open(cfg Config) (*Network, error) {
 		return nil, fmt.Errorf("open cni records: %w", err)
 	}
 	cidrs, err := shelf.cidrs()
-	if err != nil {
+	if errors.Is(err, state.ErrDamaged) {
+		cfg.Logger.Warn("the kubelet's pod subnets are lost until it tells them again", "err", err)
+	} else if err != nil {
 		return nil, err
 	}
 	pods, damaged, err := shelf.load()
