@@ -655,6 +655,40 @@ func TestPullDiskFull(t *testing.T) {
 	}
 }
 
+// What a newer version wrote is not touched.
+func TestReopenNewer(t *testing.T) {
+	host := serve(t, nil)
+	for _, kind := range []string{"image", "layer"} {
+		t.Run(kind, func(t *testing.T) {
+			root := t.TempDir()
+			s := openStore(t, root)
+			m := build(t, oci, nil, tarball(t, "x", kind))
+			if _, err := s.Pull(t.Context(), push(t, host, "x", kind, m), nil); err != nil {
+				t.Fatal(err)
+			}
+			s.Close(t.Context())
+			path := s.path(strings.TrimPrefix(m.id(), "sha256:"), "record")
+			if kind == "layer" {
+				list, _ := filepath.Glob(s.Layers().Root() + "/record/*")
+				path = list[0]
+			}
+			data, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			os.WriteFile(path, bytes.Replace(data, []byte(" v1 "), []byte(" v9 "), 1), 0o600)
+			c := Config{Root: s.root, LayerRoot: s.Layers().Root()}
+			if _, err := Open(c); !errors.Is(err, state.ErrVersion) {
+				t.Errorf("Open: %v, want a version error", err)
+			}
+			os.WriteFile(path, data, 0o600)
+			if s, err = Open(c); err != nil || len(s.List()) != 1 {
+				t.Errorf("back with the newer version: %v", err)
+			}
+		})
+	}
+}
+
 // Images whose layers did not survive are gone after a restart, and the rest of
 // the store is not touched by rubbish beside it.
 func TestReopenDamaged(t *testing.T) {

@@ -104,6 +104,7 @@ func rename(found []archived, name string) error {
 // unpackAll brings the layers of an archived image into the layer store.
 func (s *Store) unpackAll(ctx context.Context, f archived) error {
 	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(layersAtOnce())
 	for i, id := range f.config.RootFS.DiffIDs {
 		g.Go(func() error {
 			_, err := s.layers.Apply(ctx, id, s.slotted(func(context.Context) (io.ReadCloser, error) { return f.layers[i]() }))

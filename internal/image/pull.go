@@ -157,6 +157,7 @@ func fetchConfig(ctx context.Context, repo *registry.Repository, d ocispec.Descr
 // time.
 func (s *Store) fetchLayers(ctx context.Context, repo *registry.Repository, diffIDs []digest.Digest, blobs []ocispec.Descriptor) error {
 	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(layersAtOnce())
 	for i, id := range diffIDs {
 		g.Go(func() error {
 			return retryLiars(repo, func() error {

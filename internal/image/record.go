@@ -105,6 +105,9 @@ func (s *Store) load() error {
 			continue
 		}
 		e, err := s.loadOne(f.Name())
+		if errors.Is(err, state.ErrVersion) {
+			return err // a newer Sampan was here; its images are not ours to remove
+		}
 		if err != nil {
 			s.log.Warn("image is dropped; it has to be pulled again", "op", "open images", "image", f.Name(), "err", err)
 			if err := os.RemoveAll(s.path(f.Name())); err != nil {

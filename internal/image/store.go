@@ -37,7 +37,7 @@ type Store struct {
 	layers *layer.Store
 	client *registry.Client
 	pinned globs
-	slots  chan struct{} // one for each layer that may be unpacked at a time
+	slots  chan struct{} // one for each layer that may be unpacked at a time, by all pulls
 	pulls  flight.Group[pullKey, Image]
 
 	view atomic.Pointer[view]
@@ -81,7 +81,7 @@ func Open(c Config) (*Store, error) {
 		layers:  layers,
 		client:  registry.New(c.Registry),
 		pinned:  pinned,
-		slots:   make(chan struct{}, max(4, runtime.NumCPU())),
+		slots:   make(chan struct{}, 3*layersAtOnce()),
 		images:  make(map[string]*entry),
 		holders: make(map[string]map[string]bool),
 		leases:  make(map[digest.Digest]int),
@@ -91,6 +91,11 @@ func Open(c Config) (*Store, error) {
 	}
 	return s, nil
 }
+
+// layersAtOnce is how many layers one pull unpacks at a time. All pulls together
+// unpack some more, so that one that has to wait for its registry does not hold
+// up the others, but not so many that their buffers would add up.
+func layersAtOnce() int { return min(max(4, runtime.NumCPU()), 8) }
 
 // Close waits until what was removed is gone, or ctx ends.
 func (s *Store) Close(ctx context.Context) error { return s.layers.Close(ctx) }

@@ -199,6 +199,9 @@ func (s *Store) load() error {
 	named := make(map[string]bool, len(records))
 	for _, e := range records {
 		r, err := s.loadOne(e.Name())
+		if errors.Is(err, state.ErrVersion) {
+			return err // a newer Sampan was here; its layers are not ours to remove
+		}
 		if err != nil {
 			s.log.Warn("layer is dropped", "op", "open layers", "layer", e.Name(), "err", err)
 			if err := state.Remove(s.path("record", e.Name())); err != nil {

@@ -16,7 +16,7 @@ import (
 // Blocks that travel between the stages of a pipeline. Four of them let both
 // sides work at once without a stage running far ahead.
 const (
-	blockSize   = 256 << 10
+	blockSize   = 128 << 10
 	blocksAhead = 4
 )
 
