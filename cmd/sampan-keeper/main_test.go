@@ -100,9 +100,9 @@ func (l *lab) ctx() context.Context {
 // end deletes the containers and waits until the keeper has gone by itself and has
 // left nothing.
 func (l *lab) end(cgroup string) {
-	if l.t.Failed() {
-		data, _ := os.ReadFile(filepath.Join(l.dir, "keeper/log"))
-		l.t.Logf("log of the keeper:\n%s", data)
+	log, _ := os.ReadFile(filepath.Join(l.dir, "keeper/log"))
+	if l.t.Failed() || strings.Contains(string(log), "DATA RACE") || strings.Contains(string(log), "goroutine ") {
+		l.t.Errorf("log of the keeper:\n%s", log)
 	}
 	list, err := l.client.List(l.ctx())
 	if err != nil {

@@ -47,14 +47,23 @@ func fakeInit(stateDir, bundle string) error {
 	if err != nil {
 		return err
 	}
-	for n := 0; n == 0; time.Sleep(time.Millisecond) {
-		n, _ = f.Read(make([]byte, 1))
-		// Nobody would find this process if its create was cut off.
-		if _, err := os.Stat(stateDir); err != nil {
+	// Nobody would find this process if its create was cut off.
+	for n := 0; ; time.Sleep(time.Millisecond) {
+		init, err := os.ReadFile(filepath.Join(stateDir, "init"))
+		if err == nil && string(init) == strconv.Itoa(os.Getpid()) {
+			if n, _ = f.Read(make([]byte, 1)); n > 0 {
+				break
+			}
+		} else if n++; n > 5000 || len(init) > 0 {
+			return errors.New("the create was cut off")
+		} else if _, err := os.Stat(stateDir); err != nil {
 			return err
 		}
 	}
 	f.Close()
+	if err := os.Remove(f.Name()); err != nil {
+		return err
+	}
 	p, err := fakeProcess(bundle)
 	if err != nil {
 		return err
@@ -138,7 +147,8 @@ func (r fakeRuntime) Start(ctx context.Context, c ociruntime.Container) error {
 		f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NONBLOCK, 0)
 		if err == nil {
 			defer f.Close()
-			return errors.Join(os.Remove(path), func() error { _, err := f.Write([]byte{0}); return err }())
+			_, err = f.Write([]byte{0})
+			return err
 		}
 		if !errors.Is(err, unix.ENXIO) || time.Now().After(deadline) {
 			return fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition)

@@ -10,10 +10,12 @@ package keeper
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper/api"
+	"sampan.dev/sampan/internal/keeper/link"
 	"sampan.dev/sampan/internal/state"
 )
 
@@ -82,6 +84,13 @@ type Exit struct {
 	OOMKills   uint64    `json:"oomKills,omitempty"` // processes that the kernel killed for want of memory, in all its life
 	FinishedAt time.Time `json:"finishedAt"`
 	Message    string    `json:"message,omitempty"` // what there is to say, e.g. why the code is unknown
+}
+
+// Holds reports whether the keeper in dir has a container called id, or had when
+// it died. It asks nobody, so it can be told also when no keeper starts.
+func Holds(dir, id string) bool {
+	_, err := os.Lstat(filepath.Join(dir, link.ContainersDir, id))
+	return err == nil
 }
 
 // UnknownExitCode is the code of a container nobody saw the end of.

@@ -80,8 +80,8 @@ func (l *lab) ctx() context.Context {
 
 // end deletes all containers and waits for the keeper to go by itself.
 func (l *lab) end() {
-	if l.t.Failed() {
-		l.t.Log(l.keeperLog())
+	if log := l.keeperLog(); l.t.Failed() || strings.Contains(log, "DATA RACE") || strings.Contains(log, "goroutine ") {
+		l.t.Error(log)
 	}
 	list, err := l.client.List(l.ctx())
 	if err != nil {

@@ -2,9 +2,10 @@ package link
 
 // The files in a keeper's directory that the daemon knows.
 const (
-	SocketName     = "sock"      // ttrpc
-	ExecSocketName = "exec.sock" // one connection for each exec
-	LogName        = "log"       // what the keeper has to say, as text
+	SocketName     = "sock"       // ttrpc
+	ExecSocketName = "exec.sock"  // one connection for each exec
+	LogName        = "log"        // what the keeper has to say, as text
+	ContainersDir  = "containers" // one directory each, by id
 )
 
 // ReadyAnswer is what a keeper writes, to the descriptor it was started with,

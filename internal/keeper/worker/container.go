@@ -338,13 +338,23 @@ func (c *container) start(ctx context.Context) (time.Time, error) {
 	if err := state.Write(c.path(startedName), startedKind, startedRecord{at}, state.Volatile); err != nil {
 		return time.Time{}, fmt.Errorf("start container %s: %w", c.id, err)
 	}
-	if err := c.rt.Start(ctx, c.name()); err != nil {
+	err := c.rt.Start(ctx, c.name())
+	if errdefs.IsFailedPrecondition(err) && c.runs(ctx) {
+		err = nil // by a start that was cut off, and that seemed to have had no effect
+	}
+	if err != nil {
 		return time.Time{}, errors.Join(err, state.Remove(c.path(startedName)))
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.startedAt = at
 	return at, nil
+}
+
+// runs tells whether the runtime thinks that the user's process runs.
+func (c *container) runs(ctx context.Context) bool {
+	s, err := c.rt.State(ctx, c.name())
+	return err == nil && s.Status == ociruntime.Running
 }
 
 func (c *container) state() keeper.State {

@@ -49,7 +49,7 @@ type Config struct {
 }
 
 const (
-	containersDir = "containers"
+	containersDir = link.ContainersDir
 	// adoptTimeout bounds how long calls wait for the adoption of containers
 	// whose log, say, is on a volume that hangs.
 	adoptTimeout = 3 * time.Second
