@@ -128,17 +128,32 @@ func procs(dir string) ([]int, error) {
 // walkCgroup calls fn with dir and every directory below, parents first. What
 // disappears meanwhile is skipped.
 func walkCgroup(dir string, fn func(dir string) error) error {
-	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		switch {
-		case isGone(err):
-			return nil
-		case err != nil:
-			return err
-		case !d.IsDir():
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		if isGone(err) {
 			return nil
 		}
-		return fn(path)
-	})
+		return &fs.PathError{Op: "lstat", Path: dir, Err: err}
+	}
+	if err := fn(dir); err != nil {
+		return err
+	}
+	if st.Nlink <= 2 {
+		return nil // no directories below: worth knowing, as there are many files
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil && !isGone(err) {
+		return err
+	}
+	for _, e := range entries {
+		if !e.IsDir() {
+			continue
+		}
+		if err := walkCgroup(filepath.Join(dir, e.Name()), fn); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func isGone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) }
@@ -147,7 +162,7 @@ func isGone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is
 // meanwhile may have a child that gets none. It returns how many it reached.
 func (c Cgroup) Signal(sig unix.Signal) (int, error) {
 	pids, err := c.Pids()
-	if err != nil {
+	if err != nil || len(pids) == 0 {
 		return 0, err
 	}
 	handles := make(map[int]int, len(pids))
@@ -212,6 +227,9 @@ func (c Cgroup) Kill(ctx context.Context) error {
 
 // kill signals everything once and returns how many processes there were.
 func (c Cgroup) kill() (int, error) {
+	if pids, err := c.Pids(); err != nil || len(pids) == 0 {
+		return 0, err
+	}
 	if dir := c[""]; dir != "" {
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0); err == nil {
 			return c.Signal(unix.SIGKILL) // for those who are not in this hierarchy (yet)
