@@ -22,8 +22,10 @@ func (r *Repository) Blob(ctx context.Context, want digest.Digest, size int64) (
 	if err := want.Validate(); err != nil || size < 0 {
 		return nil, fmt.Errorf("blob %q of %d bytes: %w", want, size, errdefs.ErrInvalidArgument)
 	}
-	b := &blob{repo: r, ctx: ctx, want: want, size: size, verifier: want.Verifier()}
+	ctx, end := context.WithCancelCause(ctx)
+	b := &blob{repo: r, ctx: ctx, end: end, want: want, size: size, verifier: want.Verifier()}
 	if err := b.open(); err != nil {
+		end(nil)
 		return nil, fmt.Errorf("blob %s: %w", want, err)
 	}
 	return b, nil
@@ -36,9 +38,11 @@ const (
 	maxResumes     = 1000
 )
 
+// blob is used by one reader at a time. Only ctx and end are touched by Close.
 type blob struct {
 	repo     *Repository
 	ctx      context.Context
+	end      context.CancelCauseFunc
 	want     digest.Digest
 	size     int64
 	verifier digest.Verifier
@@ -139,13 +143,13 @@ func (b *blob) Read(p []byte) (int, error) {
 // ended decides what the end of a transfer means: io.EOF for the end of the
 // blob, nil to take it up again, or what went wrong.
 func (b *blob) ended(err error) error {
+	b.close()
 	if errors.Is(err, io.EOF) && b.offset == b.size {
 		if b.verifier.Verified() {
 			return io.EOF
 		}
 		return b.lied(errors.New("the content has another digest"))
 	}
-	b.close()
 	if b.ctx.Err() != nil {
 		return context.Cause(b.ctx)
 	}
@@ -184,22 +188,21 @@ func (b *blob) lied(cause error) error {
 	return &LiarError{Host: host, Err: b.request.fail(fmt.Errorf("%w: %w", cause, errdefs.ErrDataLoss))}
 }
 
+var errClosed = errors.New("blob is closed")
+
+// Close cancels the request under way, which gives up its connection.
 func (b *blob) Close() error {
-	if b.err == nil {
-		b.err = errors.New("blob is closed")
-	}
-	return b.close()
+	b.end(errClosed)
+	return nil
 }
 
 // close ends the current transfer.
-func (b *blob) close() error {
-	if b.body == nil {
-		return nil
+func (b *blob) close() {
+	if b.body != nil {
+		b.cancel(nil)
+		b.body.Close()
+		b.body = nil
 	}
-	b.cancel(nil)
-	err := b.body.Close()
-	b.body = nil
-	return err
 }
 
 // isLiar reports whether host has sent a wrong blob and another has not.

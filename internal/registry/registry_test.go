@@ -584,3 +584,26 @@ func FuzzHosts(f *testing.F) {
 	f.Add([]byte("server = \"x\"\n[host.\"http://y\"]\ncapabilities = [\"pull\"]\nheader = {a = \"b\"}\n"))
 	f.Fuzz(func(t *testing.T, data []byte) { parseHosts(data) })
 }
+
+// Close ends a Read that waits for the server.
+func TestCloseWhileReading(t *testing.T) {
+	f := newFake(t, func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Content-Length", "1000")
+		io.WriteString(w, "x")
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+		return true
+	})
+	r, err := repository(t, client(t, server(f)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rc, err := r.Blob(t.Context(), digest.FromString("x"), 1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(20*time.Millisecond, func() { rc.Close() })
+	if _, err := io.ReadAll(rc); !errors.Is(err, errClosed) {
+		t.Errorf("err = %v, want the end of the blob", err)
+	}
+}
