@@ -48,10 +48,11 @@ type Container struct {
 // Create and Exec return the pid of a process that somebody else reaps: the
 // calling process itself if Child is set, else the nearest child subreaper above
 // it, as the runtime's command has left the process to it. Nothing in a Runtime
-// reaps it, ever. The pid is certain to mean that process until it is reaped, so a
-// caller opens a pidfd before it lets anybody reap. A caller must reap by pid or
-// pidfd, never any child whatsoever (wait4(-1)): a Runtime has short-lived
-// children of its own and waits for them itself.
+// reaps it, ever, once it has been returned. The calling process must reap by pid
+// or pidfd, never any child whatsoever (wait4(-1)): a Runtime has short-lived
+// children of its own and waits for them itself. Who the subreaper is, if it is
+// another process, must reap whatever comes, also processes that nobody is told
+// of, and keep how they ended: one may be reaped before its pid is returned.
 //
 // # Errors
 //

@@ -60,6 +60,7 @@ func Run(t *testing.T, factory Factory) {
 			{"NewProcess", s.newProcess},
 			{"Concurrent", s.concurrent},
 			{"Hooks", s.hooks},
+			{"Seccomp", s.seccomp},
 		} {
 			t.Run(test.name, test.run)
 		}
@@ -129,6 +130,7 @@ func want(t *testing.T, what string, err, class error) {
 }
 
 func (s *suite) createRefuses(t *testing.T) {
+	absent := filepath.Join(s.lab.dir, "no", "such")
 	for _, tc := range []struct {
 		name  string
 		edit  func(*specs.Spec)
@@ -137,16 +139,16 @@ func (s *suite) createRefuses(t *testing.T) {
 	}{
 		{"no program", func(spec *specs.Spec) { spec.Process.Args = []string{"/bin/no-such-program"} }, nil, "no-such-program"},
 		{"no mount source", func(spec *specs.Spec) {
-			spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/work", Type: "bind", Source: "/no/such/source", Options: []string{"bind"}})
-		}, nil, "/no/such/source"},
-		{"no rootfs", func(spec *specs.Spec) { spec.Root.Path = "/no/such/rootfs" }, nil, "no"},
+			spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/work", Type: "bind", Source: absent, Options: []string{"bind"}})
+		}, nil, absent},
+		{"no rootfs", func(spec *specs.Spec) { spec.Root.Path = absent }, nil, "no"},
 		{"no args", func(spec *specs.Spec) { spec.Process.Args = nil }, errdefs.ErrInvalidArgument, "args"},
 		{"relative cwd", func(spec *specs.Spec) { spec.Process.Cwd = "tmp" }, errdefs.ErrInvalidArgument, "cwd"},
 		{"no process", func(spec *specs.Spec) { spec.Process = nil }, errdefs.ErrInvalidArgument, "process"},
 		{"no cgroup of its own", func(spec *specs.Spec) { spec.Linux.CgroupsPath = "" }, errdefs.ErrInvalidArgument, "cgroupsPath"},
 		{"no such namespace", func(spec *specs.Spec) {
-			spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/no/such/netns"})
-		}, nil, "netns"},
+			spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: absent})
+		}, nil, absent},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := s.lab.Prepare(t, s.factory(t), []string{"true"}, tc.edit)
@@ -155,6 +157,9 @@ func (s *suite) createRefuses(t *testing.T) {
 				t.Errorf("error %v, want class %v and a word of %q", err, tc.class, tc.says)
 			}
 			c.AssertGone()
+			if _, err := os.Lstat(absent); err == nil {
+				t.Errorf("the runtime has made %s", absent)
+			}
 		})
 	}
 	t.Run("no bundle", func(t *testing.T) {
@@ -650,6 +655,36 @@ func (s *suite) hooks(t *testing.T) {
 		data, err := os.ReadFile(filepath.Join(dir, name))
 		if err != nil || !strings.Contains(string(data), h.Bundle) {
 			t.Errorf("hook %s was told %q, error %v; want the bundle %s in it", name, data, err, h.Bundle)
+		}
+	}
+}
+
+func (s *suite) seccomp(t *testing.T) {
+	filter := func(spec *specs.Spec) {
+		spec.Linux.Seccomp = &specs.LinuxSeccomp{
+			DefaultAction: specs.ActAllow,
+			Architectures: []specs.Arch{specs.ArchX86_64, specs.ArchAARCH64},
+			Syscalls: []specs.LinuxSyscall{{
+				Names: []string{"mkdir", "mkdirat"}, Action: specs.ActErrno, ErrnoRet: ptr(uint(unix.EXDEV)),
+			}},
+		}
+	}
+	for _, noNewPrivileges := range []bool{true, false} {
+		c := s.lab.Prepare(t, s.factory(t), []string{"sh", "-c", "mkdir /tmp/a; sleep 60"}, filter, func(spec *specs.Spec) {
+			spec.Process.NoNewPrivileges = noNewPrivileges
+		})
+		err := c.Create()
+		if err != nil && strings.Contains(err.Error(), "seccomp") && strings.Contains(err.Error(), "not supported") {
+			t.Skipf("probe: %v", err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Start()
+		c.Expect("Invalid cross-device link")
+		out, code, err := c.Exec(c.Process("mkdir", "/tmp/b"), "")
+		if err != nil || code != 1 || !strings.Contains(out, "Invalid cross-device link") {
+			t.Errorf("exec: %q, exit code %d, error %v; want the filter to hold there too", out, code, err)
 		}
 	}
 }
