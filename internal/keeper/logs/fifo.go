@@ -100,7 +100,7 @@ const (
 	maxBatch = 256 << 10    // bytes of output in a batch
 	maxOut   = 2 * maxBatch // bytes of log a batch can become
 	fifoMax  = 1 << 20      // capacity of a busy FIFO
-	fifoGrow = maxBatch / 2 // a batch of so much makes the FIFO a busy one
+	fifoGrow = 32 << 10     // a batch of so much, half of what a FIFO holds at first, makes it a busy one
 )
 
 func newScratch() (*scratch, error) {

@@ -17,6 +17,11 @@ const (
 	// retryMin and retryMax bound the pauses between attempts to write a log.
 	retryMin = 20 * time.Millisecond
 	retryMax = time.Second
+	// settleTime is a pause between small batches that follow each other closely,
+	// in which a larger one gathers. It costs latency that nobody sees and saves most
+	// of the work for containers that write line by line.
+	settleTime  = time.Millisecond
+	settleBelow = 16 << 10 // bytes that are a small batch
 	// drainMax bounds, in bytes, what a drain moves while somebody still writes.
 	drainMax = 4 * fifoMax
 )
@@ -35,6 +40,8 @@ type pump struct {
 	done   chan struct{}      // closed when run has returned
 
 	at      time.Time // of a batch that could not be written, zero if there is none
+	moved   int       // bytes of the last batch
+	movedAt time.Time // when it was moved
 	size    int       // capacity that the FIFO was given, 0 if not yet
 	drained int       // bytes moved since drains was closed
 }
@@ -107,7 +114,22 @@ func (p *pump) run() {
 			t = partial
 		default:
 			t = hold
+			p.settle()
 		}
+	}
+}
+
+// settle pauses if the last batch was small and came right after another one.
+func (p *pump) settle() {
+	last := p.movedAt
+	p.movedAt = time.Now()
+	if p.moved >= settleBelow || p.movedAt.Sub(last) > 2*settleTime {
+		return
+	}
+	select {
+	case <-p.drains:
+	case <-p.ctx.Done():
+	case <-time.After(settleTime):
 	}
 }
 
@@ -175,7 +197,7 @@ func (p *pump) batch(fd int, t tail) (outcome, error) {
 	if err := p.log.commit(fd, e, out, s.raw); err != nil {
 		return empty, err
 	}
-	p.at = time.Time{}
+	p.at, p.moved = time.Time{}, n
 	if p.draining() {
 		p.drained += n
 	}
