@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"io"
 	"log/slog"
 	"maps"
@@ -225,7 +224,8 @@ func openPods(cfg config.Config, images *image.Store, facts host.Facts, log *slo
 		Images: podImages{images}, Layers: images.Layers(), Network: podNetwork,
 		Keeper: keeperDialer(cfg, keeperPath, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
 		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath,
-		Facts: facts, SystemdCgroup: systemdCgroup(cfg), Logger: log,
+		KeeperHolds: func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
+		Facts:       facts, SystemdCgroup: systemdCgroup(cfg), Logger: log,
 	})
 	if err != nil {
 		return nil, nil, err
@@ -258,15 +258,16 @@ func openNetwork(cfg config.Config, log *slog.Logger) (network.Network, error) {
 
 func keeperDialer(cfg config.Config, binary string, log *slog.Logger) func(context.Context, string) (pod.Keeper, error) {
 	return func(ctx context.Context, name string) (pod.Keeper, error) {
-		// Several daemons on one machine must not share a cgroup.
-		instance := fnv.New32a()
-		instance.Write([]byte(cfg.State))
 		return keeper.Ensure(ctx, keeper.Config{
-			Dir: filepath.Join(cfg.State, "keepers", name), Binary: binary,
-			Cgroup: fmt.Sprintf("/sampan.keeper-%s-%08x", name, instance.Sum32()),
+			Dir: keeperDir(cfg, name), Binary: binary,
+			Cgroup: keeperCgroup(cfg.State, name),
 			Logger: log.With("keeper", name),
 		})
 	}
+}
+
+func keeperDir(cfg config.Config, name string) string {
+	return filepath.Join(cfg.State, "keepers", name)
 }
 
 // keeperNames says which keeper gets a pod. A new version of the keeper has a new

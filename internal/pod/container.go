@@ -516,14 +516,23 @@ func (s *Pods) onExit(id string, exit keeper.Exit) {
 // undoContainer removes all there is of a container, in whatever state: the one
 // way out for failed creations, removals and recovery.
 func (s *Pods) undoContainer(ctx context.Context, p *Pod, c *Container) error {
-	k, err := s.keeper(ctx, p)
-	if err != nil {
-		return err
-	}
-	if err := k.Delete(ctx, c.ID); err != nil {
+	if err := s.deleteFromKeeper(ctx, p, c.ID); err != nil {
 		return err
 	}
 	return s.undoFiles(c.ID)
+}
+
+// deleteFromKeeper makes the pod's keeper forget a container. A keeper that does
+// not start is no obstacle to removing what it never had.
+func (s *Pods) deleteFromKeeper(ctx context.Context, p *Pod, id string) error {
+	k, err := s.keeper(ctx, p)
+	if err != nil {
+		if s.cfg.KeeperHolds(p.Keeper, id) {
+			return err
+		}
+		return nil
+	}
+	return k.Delete(ctx, id)
 }
 
 // undoFiles removes what is left of a container no keeper knows any more.

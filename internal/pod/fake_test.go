@@ -50,9 +50,10 @@ func (l *lab) start() *Pods {
 	s, err := Open(Config{
 		Root: filepath.Join(l.dir, "root"), State: filepath.Join(l.dir, "state"), NetNS: filepath.Join(l.dir, "netns"),
 		Images: l.images, Layers: l.layers, Network: l.network,
-		Keeper:    func(context.Context, string) (Keeper, error) { return l.keeper, nil },
-		KeeperFor: func(string) string { return "node" },
-		Handlers:  map[string]keeper.Handler{"builtin": {Kind: keeper.Builtin}}, DefaultHandler: "builtin",
+		Keeper:      func(context.Context, string) (Keeper, error) { return l.keeper, nil },
+		KeeperHolds: func(string, string) bool { return false },
+		KeeperFor:   func(string) string { return "node" },
+		Handlers:    map[string]keeper.Handler{"builtin": {Kind: keeper.Builtin}}, DefaultHandler: "builtin",
 		Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
@@ -167,7 +168,6 @@ func (f *fakeLayers) Unmount(target string) error {
 
 type fakeNetwork struct {
 	network.Network // what is not faked panics
-	mu              sync.Mutex
 	attached        map[string]bool
 }
 

@@ -7,8 +7,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"golang.org/x/sys/unix"
-
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/spec"
@@ -65,12 +63,5 @@ func (s *Pods) startInit(ctx context.Context, p *Pod) error {
 
 // stopInit ends the pod's init and unpins its namespace.
 func (s *Pods) stopInit(ctx context.Context, p *Pod) error {
-	k, err := s.keeper(ctx, p)
-	if err != nil {
-		return err
-	}
-	if err := k.Signal(ctx, p.ID, unix.SIGKILL, true); err != nil && !isGone(err) {
-		return err
-	}
-	return errors.Join(k.Delete(ctx, p.ID), host.Unpin(s.pinned(p.ID, "pid")))
+	return errors.Join(s.deleteFromKeeper(ctx, p, p.ID), host.Unpin(s.pinned(p.ID, "pid")))
 }

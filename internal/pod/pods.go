@@ -86,6 +86,9 @@ type Config struct {
 
 	// Keeper connects to the keeper called name, and starts it if it does not run.
 	Keeper func(ctx context.Context, name string) (Keeper, error)
+	// KeeperHolds reports whether that keeper has, or had when it died, a
+	// container. It works also when the keeper cannot be started.
+	KeeperHolds func(name, id string) bool
 	// KeeperFor names the keeper that gets a new pod's containers.
 	KeeperFor func(podID string) string
 
@@ -302,12 +305,6 @@ func (s *Pods) addContainer(c *Container) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.containers[c.ID] = c
-}
-
-func (s *Pods) dropContainer(c *Container) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.containers, c.ID)
 }
 
 // newID returns 64 random hex digits.

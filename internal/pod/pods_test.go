@@ -160,6 +160,7 @@ func TestBadRequests(t *testing.T) {
 	}{
 		"missing image": {with(func(c *runtimeapi.ContainerConfig) { c.Image.Image = "absent" }), errdefs.IsNotFound, "absent"},
 		"relative path": {mount("x/y"), errdefs.IsInvalidArgument, "mounts[0].host_path"},
+		"lost volume":   {mount("/var/lib/kubelet/pods/uid-a/volumes/x"), errdefs.IsInvalidArgument, "kubelet"},
 		"path in file":  {mount(file + "/sub"), errdefs.IsInvalidArgument, file},
 		"no such target": {with(func(c *runtimeapi.ContainerConfig) {
 			c.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_TARGET, TargetId: "none"}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
@@ -92,7 +93,7 @@ func (s *Pods) specInput(p *Pod, c *Container, image Image) (spec.Input, error) 
 	if in.Namespaces, err = s.specNamespaces(p, c.Config.ContainerConfig); err != nil {
 		return in, err
 	}
-	if in.Sources, err = mountSources(c.Config.GetMounts()); err != nil {
+	if in.Sources, err = mountSources(p.Config.GetMetadata().GetUid(), c.Config.GetMounts()); err != nil {
 		return in, err
 	}
 	if in.Volumes, err = s.imageVolumes(c, image, rootfs); err != nil {
@@ -158,16 +159,19 @@ func (s *Pods) specNamespaces(p *Pod, config *runtimeapi.ContainerConfig) (spec.
 	return ns, nil
 }
 
-// mountSources looks at the host's side of each mount. A source that is absent
-// is made a directory, as kubelets expect of hostPath volumes without a type.
-func mountSources(mounts []*runtimeapi.Mount) ([]spec.Source, error) {
+// mountSources looks at the host's side of each mount. The CRI wants an error for
+// a source that is absent; kubelets want a directory made for hostPath volumes
+// without a type, and cannot say which mounts these are. So it is made, unless
+// it is a volume the kubelet itself has set up for the pod: if that is gone, an
+// empty directory would pass for the data.
+func mountSources(podUID string, mounts []*runtimeapi.Mount) ([]spec.Source, error) {
 	sources := make([]spec.Source, len(mounts))
 	for i, m := range mounts {
 		field := fmt.Sprintf("mounts[%d].host_path", i)
 		if m.GetImage().GetImage() != "" {
 			return nil, fmt.Errorf("mounts[%d].image: image volumes are not supported yet: %w", i, errdefs.ErrNotImplemented)
 		}
-		path, err := mountSource(m.GetHostPath())
+		path, err := mountSource(podUID, m.GetHostPath())
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", field, err)
 		}
@@ -182,11 +186,14 @@ func mountSources(mounts []*runtimeapi.Mount) ([]spec.Source, error) {
 	return sources, nil
 }
 
-func mountSource(path string) (string, error) {
+func mountSource(podUID, path string) (string, error) {
 	if !filepath.IsAbs(path) {
 		return "", fmt.Errorf("%q is not an absolute path: %w", path, errdefs.ErrInvalidArgument)
 	}
 	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+		if podUID != "" && strings.Contains(path, "/pods/"+podUID+"/") {
+			return "", fmt.Errorf("%q is absent, but it is a volume of this pod: the kubelet has to mount it first: %w", path, errdefs.ErrInvalidArgument)
+		}
 		if err := os.MkdirAll(path, 0o755); err != nil {
 			return "", fmt.Errorf("%q is absent and cannot be made: %w: %w", path, err, errdefs.ErrInvalidArgument)
 		}

@@ -31,7 +31,7 @@ type Target struct {
 	State   string // the daemon's STATE
 	Link    string // of the built-in network: LINK and LINK-* are links, LINK a table
 	NetNS   string // directory where pods' network namespaces are pinned
-	Cgroup  string // the cgroup that holds those of pods
+	Cgroup  string // what the cgroups of pods that have no parent are called, before "-" and the start of their id
 	Keepers string // pattern of the keepers' cgroups
 	Marks   string // pattern of files; the directories they stand in are removed
 }
@@ -221,7 +221,7 @@ func removeTable(name string) error {
 func removeCgroups(t Target, ids []string) error {
 	names := []string{t.Keepers}
 	for _, id := range ids {
-		names = append(names, filepath.Join(t.Cgroup, id))
+		names = append(names, t.Cgroup+"-"+id[:min(16, len(id))])
 	}
 	var failed []error
 	for _, hierarchy := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/*"} {
@@ -233,13 +233,6 @@ func removeCgroups(t Target, ids []string) error {
 			for _, dir := range dirs {
 				failed = append(failed, removeCgroup(dir))
 			}
-		}
-		parents, err := filepath.Glob(filepath.Join(hierarchy, t.Cgroup))
-		if err != nil {
-			return err
-		}
-		for _, dir := range parents {
-			_ = unix.Rmdir(dir) // it stays if another daemon's pods are in it
 		}
 	}
 	return errors.Join(failed...)

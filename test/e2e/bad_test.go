@@ -90,6 +90,10 @@ func TestBadRequests(t *testing.T) {
 			c.Mounts = []*runtimeapi.Mount{{HostPath: host, ContainerPath: container}}
 		})
 	}
+	file := filepath.Join(l.Dir, "file")
+	if err := os.WriteFile(file, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	invalid := []codes.Code{codes.InvalidArgument}
 	missing := []codes.Code{codes.NotFound}
 
@@ -117,7 +121,7 @@ func TestBadRequests(t *testing.T) {
 		{"no name", runPod("", func(c *runtimeapi.PodSandboxConfig) { c.Metadata.Name = "" }), invalid, []string{"name"}},
 
 		{"image not pulled", create(func(c *runtimeapi.ContainerConfig) { c.Image.Image = "docker.io/library/absent:1" }), missing, []string{"docker.io/library/absent:1"}},
-		{"mount of nothing", mount("/no/such/source", "/mnt"), []codes.Code{codes.InvalidArgument, codes.NotFound, codes.FailedPrecondition}, []string{"/no/such/source"}},
+		{"mount of nothing", mount("/proc/no/such/source", "/mnt"), invalid, []string{"/proc/no/such/source"}},
 		{"mount of a relative path", mount("some/where", "/mnt"), invalid, []string{"some/where"}},
 		{"mount without a place", mount("/etc", ""), invalid, []string{"container_path"}},
 		{"namespace of no target", create(func(c *runtimeapi.ContainerConfig) {
@@ -362,6 +366,8 @@ func TestFullDisk(t *testing.T) {
 	t.Run("container", func(t *testing.T) {
 		podConfig := l.PodConfig("full")
 		pod := l.RunPod(t, podConfig)
+		// The pod's cgroup comes with its first container, and stays with the pod.
+		l.CreateContainer(t, pod, podConfig, l.ContainerConfig("first", image))
 		clean := l.Mark(t)
 		free := fill(t, 0)
 		config := l.ContainerConfig("full", image)
