@@ -113,6 +113,7 @@ type undo struct {
 const undoTimeout = 30 * time.Second
 
 func (r *runtime) Create(ctx context.Context, c ociruntime.Container, req ociruntime.CreateRequest) (ociruntime.Started, error) {
+	defer host.ReadyAttach()()
 	started, err := r.create(ctx, c, req)
 	if err != nil {
 		return ociruntime.Started{}, fmt.Errorf("create container %s: %w", c.ID, err)
@@ -334,6 +335,7 @@ func readUndo(c ociruntime.Container) (undo, error) {
 }
 
 func (r *runtime) Exec(ctx context.Context, c ociruntime.Container, req ociruntime.ExecRequest) (ociruntime.Started, error) {
+	defer host.ReadyAttach()()
 	started, err := r.exec(ctx, c, req)
 	if err != nil {
 		return ociruntime.Started{}, fmt.Errorf("exec in container %s: %w", c.ID, err)
