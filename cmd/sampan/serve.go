@@ -30,6 +30,7 @@ import (
 	"sampan.dev/sampan/internal/network/cni"
 	"sampan.dev/sampan/internal/pod"
 	"sampan.dev/sampan/internal/registry"
+	"sampan.dev/sampan/internal/stats"
 )
 
 // shutdownTime bounds how long calls under way may take after SIGTERM.
@@ -122,8 +123,14 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	defer func() { err = errors.Join(err, podNetwork.Close()) }()
 	defer pods.Close()
 
+	figures, err := openStats(images, log)
+	if err != nil {
+		return err
+	}
+	defer figures.Close()
+
 	server := cri.NewServer(cri.Config{
-		Pods: pods, Images: images, Network: podNetwork, Version: version(),
+		Pods: pods, Images: images, Network: podNetwork, Stats: figures, Version: version(),
 		Handlers: slices.Collect(maps.Keys(handlers(cfg))), DefaultHandler: cfg.DefaultHandler,
 		Facts: facts, SystemdCgroup: systemdCgroup(cfg), Root: cfg.Root, State: cfg.State, Logger: log,
 	})
@@ -152,6 +159,15 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	}
 	<-adopted
 	return err
+}
+
+func openStats(images *image.Store, log *slog.Logger) (*stats.Collector, error) {
+	roots, err := host.CgroupRoots()
+	if err != nil {
+		return nil, err
+	}
+	// Writable layers are in the same file system as images, and called the same.
+	return stats.New(stats.Config{Cgroups: roots, Filesystem: images.Layers().Root(), Logger: log}), nil
 }
 
 // stopServer lets calls under way finish, for a while.

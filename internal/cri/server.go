@@ -19,6 +19,7 @@ import (
 	"sampan.dev/sampan/internal/image"
 	"sampan.dev/sampan/internal/network"
 	"sampan.dev/sampan/internal/pod"
+	"sampan.dev/sampan/internal/stats"
 )
 
 // Config is what the services are made of.
@@ -26,6 +27,7 @@ type Config struct {
 	Pods    *pod.Pods
 	Images  *image.Store
 	Network network.Network
+	Stats   *stats.Collector
 
 	Version        string   // of Sampan
 	Handlers       []string // names of the configured handlers

@@ -93,9 +93,12 @@ var/new -rw-r--r-- ""
 		if got, _ := os.ReadFile(filepath.Join(s.Path(top), "etc/a")); string(got) != "3" {
 			t.Errorf("the layer's etc/a has become %q", got)
 		}
-		bytes, inodes, err := s.Usage(m.Upper)
-		if err != nil || bytes == 0 || inodes != 3 {
-			t.Errorf("Usage = %d, %d, %v; want 3 inodes", bytes, inodes, err)
+		u, err := Measure(t.Context(), m.Upper, 3)
+		if err != nil || u.Bytes == 0 || u.Inodes != 3 {
+			t.Errorf("Measure = %v, %v; want 3 inodes", u, err)
+		}
+		if u, err := Measure(t.Context(), m.Upper, 2); !errors.Is(err, ErrTooMany) {
+			t.Errorf("Measure of at most 2 = %v, %v; want ErrTooMany", u, err)
 		}
 	})
 }

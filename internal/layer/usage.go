@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -8,16 +9,27 @@ import (
 	"syscall"
 )
 
-// Usage returns what the files below dir take on disk. Files with several names
-// count once. What disappears while it looks is not counted. An absent dir uses
-// nothing.
-func (s *Store) Usage(dir string) (bytes, inodes uint64, err error) {
+// Usage is what files take on disk.
+type Usage struct{ Bytes, Inodes uint64 }
+
+// ErrTooMany is returned when there is more to count than was allowed.
+var ErrTooMany = errors.New("too many files to count")
+
+// Measure counts what the files below dir take on disk. Files with several names
+// count once. What disappears while it looks is not counted. An absent dir takes
+// nothing. If limit is positive and there are more files than that, the error is
+// ErrTooMany.
+func Measure(ctx context.Context, dir string, limit int) (Usage, error) {
+	var u Usage
 	linked := make(map[uint64]bool)
-	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
 		if err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
 			return err
 		}
 		info, err := d.Info()
@@ -34,12 +46,15 @@ func (s *Store) Usage(dir string) (bytes, inodes uint64, err error) {
 			}
 			linked[st.Ino] = true
 		}
-		bytes += uint64(st.Blocks) * 512
-		inodes++
+		u.Bytes += uint64(st.Blocks) * 512
+		u.Inodes++
+		if limit > 0 && u.Inodes > uint64(limit) {
+			return ErrTooMany
+		}
 		return nil
 	})
 	if err != nil {
-		return 0, 0, fmt.Errorf("usage of %s: %w", dir, err)
+		return Usage{}, fmt.Errorf("measure %s: %w", dir, err)
 	}
-	return bytes, inodes, nil
+	return u, nil
 }
