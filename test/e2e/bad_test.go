@@ -53,6 +53,8 @@ func TestBadRequests(t *testing.T) {
 	podConfig := l.PodConfig("holder")
 	podConfig.PortMappings = []*runtimeapi.PortMapping{{ContainerPort: 80, HostPort: 18081}}
 	pod := l.RunPod(t, podConfig)
+	// The pod's cgroup comes with its first container, and stays with the pod.
+	l.CreateContainer(t, pod, podConfig, l.ContainerConfig("first", image))
 	clean := l.Mark(t)
 
 	// Names of their own, lest a request join what an earlier one should not have made.
@@ -258,7 +260,7 @@ func configs(path string, size int) bool { return strings.Contains(path, "/blobs
 func layers(path string, size int) bool  { return strings.Contains(path, "/blobs/") && size >= 1<<16 }
 
 // liar answers as h does, but some of it goes through lie.
-func liar(h http.Handler, about func(string, int) bool, lie func(http.ResponseWriter, []byte)) http.Handler {
+func liar(h http.Handler, about func(string, int) bool, lie func(http.ResponseWriter, int, []byte)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		honest := httptest.NewRecorder()
 		h.ServeHTTP(honest, r)
@@ -267,7 +269,7 @@ func liar(h http.Handler, about func(string, int) bool, lie func(http.ResponseWr
 		}
 		body := honest.Body.Bytes()
 		if r.Method == http.MethodGet && about(r.URL.Path, len(body)) {
-			lie(w, body)
+			lie(w, honest.Code, body)
 			return
 		}
 		w.WriteHeader(honest.Code)
@@ -276,25 +278,32 @@ func liar(h http.Handler, about func(string, int) bool, lie func(http.ResponseWr
 }
 
 // flip changes one byte in the middle.
-func flip(w http.ResponseWriter, body []byte) {
+func flip(w http.ResponseWriter, code int, body []byte) {
 	body = bytes.Clone(body)
 	body[len(body)/2] ^= 1
-	w.Header().Set("Content-Length", fmt.Sprint(len(body)))
-	w.Write(body) //nolint:errcheck // the client may have seen enough
+	send(w, code, len(body), body)
 }
 
-// half promises all and breaks off.
-func half(w http.ResponseWriter, body []byte) {
-	w.Header().Set("Content-Length", fmt.Sprint(len(body)))
-	w.Write(body[:len(body)/2]) //nolint:errcheck // the client may have seen enough
+// half promises all and breaks off; who asks for the rest gets nothing.
+func half(w http.ResponseWriter, code int, body []byte) {
+	whole := len(body)
+	if code == http.StatusPartialContent {
+		body = nil
+	}
+	send(w, code, whole, body[:len(body)/2])
 	panic(http.ErrAbortHandler)
 }
 
 // double sends the body and then as much again.
-func double(w http.ResponseWriter, body []byte) {
-	w.Header().Set("Content-Length", fmt.Sprint(2*len(body)))
-	w.Write(body) //nolint:errcheck // the client may have seen enough
-	w.Write(body) //nolint:errcheck
+func double(w http.ResponseWriter, code int, body []byte) {
+	send(w, code, 2*len(body), append(bytes.Clone(body), body...))
+}
+
+func send(w http.ResponseWriter, code, length int, body []byte) {
+	w.Header().Set("Content-Length", fmt.Sprint(length))
+	w.WriteHeader(code)
+	w.Write(body)                         //nolint:errcheck // the client may have seen enough
+	http.NewResponseController(w).Flush() //nolint:errcheck
 }
 
 // TestFullDisk lets the daemon's disk run full: a pull and a pod fail clearly,

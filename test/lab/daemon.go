@@ -204,7 +204,7 @@ func (l *Lab) Keepers(t testing.TB, role string) []int {
 	must(t, err)
 	var pids []int
 	for pid, args := range processes {
-		if len(args) > 1 && strings.HasPrefix(filepath.Base(args[0]), "sampan-keeper") && args[1] == role {
+		if len(args) > 1 && strings.HasPrefix(args[0], l.Root+"/bin/keeper-") && args[1] == role {
 			pids = append(pids, pid)
 		}
 	}

@@ -125,9 +125,9 @@ func processes() (map[int][]string, error) {
 	return all, nil
 }
 
-// ours tells the cgroups that a container runtime makes from others that may
+// ours tells the cgroups of the daemon, its keepers and pods from others that may
 // come and go on the machine meanwhile.
-var ours = regexp.MustCompile(`sampan|[0-9a-f]{32}|kubepods|test\.slice`)
+var ours = regexp.MustCompile(`/sampan(\.keeper-|-[0-9a-f]{16}(/|$))|[0-9a-f]{64}|kubepods|test\.slice`)
 
 func cgroupDirs(s snapshot) error {
 	return filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
@@ -172,7 +172,7 @@ func firewall(s snapshot) error {
 
 // What stays while the daemon runs, once it had a pod: its keeper, the bridge
 // and the tables with their chains.
-var standing = regexp.MustCompile(`^process \d+ \S*sampan-keeper|^file .*/(keepers|bin)(/|$)|^cgroup .*/sampan[.-]keeper|^link sampan0$|^nft `)
+var standing = regexp.MustCompile(`^process \d+ \S*/bin/keeper-|^file .*/(keepers|bin|network/cni/cache)(/|$)|^cgroup .*/sampan\.keeper-|^link sampan0$|^nft `)
 
 // What stays when the daemon and its keepers are gone: its directories, the
 // bridge and the tables, which the pods of a stopped daemon would still need.
