@@ -62,7 +62,7 @@ func Run(cfg Config) error {
 	// Whoever is short of memory, the keeper is not to blame. Containers have a
 	// score of their own.
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte(oomScoreAdj), 0); err != nil {
-		s.log.Warn("the kernel may kill the keeper for want of memory", "err", err)
+		s.log.Info("the kernel may kill the keeper for want of memory", "err", err)
 	}
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become a subreaper: %w", err)

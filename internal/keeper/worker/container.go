@@ -173,9 +173,14 @@ func (c *container) settle(started ociruntime.Started) error {
 		if err := c.hold(consoleName, started.Console); err != nil {
 			return err
 		}
-		c.startRelay()
 	}
-	return c.identify(started.Pid)
+	if err := c.identify(started.Pid); err != nil {
+		return err
+	}
+	if started.Console != nil {
+		return c.startRelay()
+	}
+	return nil
 }
 
 // identify makes the container's first process known to all who have to know it,
@@ -269,11 +274,13 @@ func (c *container) load() (made bool, err error) {
 	if err := c.reopenStdio(); err != nil {
 		return false, err
 	}
+	if c.files[consoleName] != nil {
+		if err := c.startRelay(); err != nil {
+			return false, err
+		}
+	}
 	if err := c.openLog(); err != nil {
 		return false, err
-	}
-	if c.files[consoleName] != nil {
-		c.startRelay()
 	}
 	return true, nil
 }

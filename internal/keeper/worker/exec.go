@@ -184,7 +184,7 @@ func (x *execution) attend(ctx context.Context, started ociruntime.Started) erro
 	if err != nil {
 		return err
 	}
-	status, ok := exitStatus(e.process, e.pidfd, e.statusPath)
+	status, ok := exitStatus(e.process, e.pidfd, e.statusPath, statusTimeout)
 	code := exitCode(status)
 	if !ok {
 		code = keeper.UnknownExitCode

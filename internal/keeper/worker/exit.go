@@ -69,7 +69,11 @@ func (c *container) waitExit() keeper.Exit {
 		}
 	}
 	finished := time.Now()
-	status, ok := exitStatus(c.process, c.pidfd, c.path(statusName))
+	timeout := statusTimeout
+	if c.pidfd == nil {
+		timeout = 0 // what was to be noted of it was noted long ago
+	}
+	status, ok := exitStatus(c.process, c.pidfd, c.path(statusName), timeout)
 	if !ok {
 		return keeper.Exit{
 			Code: keeper.UnknownExitCode, FinishedAt: finished,
@@ -92,10 +96,11 @@ func exitCode(status unix.WaitStatus) int32 {
 }
 
 // exitStatus returns how p, which has exited, did so. A child of this process
-// stays unreaped. Of others the supervisor, or in the end the kernel, knows. pidfd
-// is nil if the process is gone for long.
-func exitStatus(p host.Process, pidfd *host.Pidfd, statusPath string) (unix.WaitStatus, bool) {
-	deadline := time.Now().Add(statusTimeout)
+// stays unreaped. Of others the supervisor, or in the end the kernel, knows; they
+// may take until the timeout to say so. pidfd is nil if the process was gone too
+// soon.
+func exitStatus(p host.Process, pidfd *host.Pidfd, statusPath string, timeout time.Duration) (unix.WaitStatus, bool) {
+	deadline := time.Now().Add(timeout)
 	for pause := statusPause; ; pause = min(2*pause, statusTimeout/10) {
 		if pidfd != nil {
 			if pid, status, err := host.PeekExit(pidfd.Child()); err == nil && pid != 0 {
@@ -108,11 +113,13 @@ func exitStatus(p host.Process, pidfd *host.Pidfd, statusPath string) (unix.Wait
 		if status, ok := link.ReadStatus(statusPath, p); ok {
 			return status, true
 		}
-		if pidfd == nil || time.Now().After(deadline) {
-			return 0, false
+		if pidfd != nil {
+			if status, ok := pidfd.ExitStatus(); ok {
+				return status, true
+			}
 		}
-		if status, ok := pidfd.ExitStatus(); ok {
-			return status, true
+		if time.Now().After(deadline) {
+			return 0, false
 		}
 		time.Sleep(pause)
 	}

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -149,38 +151,64 @@ func (c *container) letGo() {
 	}
 }
 
-func (c *container) startRelay() {
+// startRelay begins to move what the terminal shows into the stdout FIFO. When it
+// returns the FIFO has a writer, and the log's pump does not take it for closed.
+func (c *container) startRelay() error {
+	out, err := openBlocking(c.path(stdoutName), unix.O_WRONLY)
+	if err != nil {
+		return err
+	}
+	console, err := c.files[consoleName].SyscallConn()
+	if err != nil {
+		out.Close()
+		return err
+	}
 	c.relayed = make(chan struct{})
 	go func() {
 		defer close(c.relayed)
-		c.relayConsole()
+		defer out.Close()
+		c.relay(console, out)
 	}()
+	return nil
 }
 
-// relayConsole moves what the terminal shows into the stdout FIFO, within the
-// kernel: when this process is killed, output is in the one or in the other.
-func (c *container) relayConsole() {
-	out, err := openBlocking(c.path(stdoutName), unix.O_WRONLY)
-	if err != nil {
-		c.log.Error("relay terminal", "err", err)
-		return
-	}
-	defer out.Close()
-	conn, err := c.files[consoleName].SyscallConn()
-	if err != nil {
-		c.log.Error("relay terminal", "err", err)
-		return
-	}
-	const most = 64 << 10
-	for {
-		var n int64
-		rerr := conn.Read(func(fd uintptr) bool {
-			// Waits only for room in the FIFO: the terminal does not block.
-			n, err = unix.Splice(int(fd), nil, int(out.Fd()), nil, most, 0)
-			return !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR)
-		})
-		if rerr != nil || err != nil || n == 0 {
-			return // EIO: nobody has the terminal open any more
+// relay moves output within the kernel: when this process is killed, it is in
+// the terminal or in the FIFO.
+func (c *container) relay(console syscall.RawConn, out *os.File) {
+	for pause := relayPauseMin; ; {
+		ended := c.pidfd == nil || c.pidfd.Exited()
+		n := spliceConsole(console, out)
+		switch {
+		case n > 0:
+			pause = relayPauseMin
+		case ended:
+			return
+		default:
+			// Nobody has the terminal open, but somebody may open it again: the
+			// container's own setup does just that.
+			time.Sleep(pause)
+			pause = min(2*pause, relayPauseMax)
 		}
 	}
+}
+
+const (
+	relayPauseMin = time.Millisecond
+	relayPauseMax = 100 * time.Millisecond
+	relayMost     = 64 << 10 // bytes moved at once
+)
+
+// spliceConsole waits for what the terminal shows next and moves it. It returns
+// 0 when nobody has the terminal open.
+func spliceConsole(console syscall.RawConn, out *os.File) (n int64) {
+	var err error
+	rerr := console.Read(func(fd uintptr) bool {
+		// Waits only for room in the FIFO: the terminal does not block.
+		n, err = unix.Splice(int(fd), nil, int(out.Fd()), nil, relayMost, 0)
+		return !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR)
+	})
+	if rerr != nil || err != nil {
+		return 0
+	}
+	return n
 }
