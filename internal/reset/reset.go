@@ -18,8 +18,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/google/nftables"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"sampan.dev/sampan/internal/host"
@@ -27,13 +25,14 @@ import (
 
 // Target says what was made where.
 type Target struct {
-	Root    string // the daemon's ROOT
-	State   string // the daemon's STATE
-	Link    string // of the built-in network: LINK and LINK-* are links, LINK a table
-	NetNS   string // directory where pods' network namespaces are pinned
-	Cgroup  string // what the cgroups of pods that have no parent are called, before "-" and the start of their id
-	Keepers string // pattern of the keepers' cgroups
-	Marks   string // pattern of files; the directories they stand in are removed
+	Root  string // the daemon's ROOT
+	State string // the daemon's STATE
+	// RemoveNetwork takes the built-in network off the host.
+	RemoveNetwork func() error
+	NetNS         string // directory where pods' network namespaces are pinned
+	Cgroup        string // what the cgroups of pods that have no parent are called, before "-" and the start of their id
+	Keepers       string // pattern of the keepers' cgroups
+	Marks         string // pattern of files; the directories they stand in are removed
 }
 
 // All removes everything, going on after an error. What is absent is no error,
@@ -49,8 +48,7 @@ func All(ctx context.Context, t Target) error {
 		removeNetNS(t.NetNS, ids),
 		unmountBelow(t.State),
 		unmountBelow(t.Root),
-		removeLinks(t.Link),
-		removeTable(t.Link),
+		t.RemoveNetwork(),
 		removeCgroups(t, ids),
 	}
 	marks, err := filepath.Glob(t.Marks)
@@ -174,46 +172,6 @@ func removeNetNS(dir string, ids []string) error {
 		failed = append(failed, host.Unpin(filepath.Join(dir, "sampan-"+id[:min(16, len(id))])))
 	}
 	return errors.Join(failed...)
-}
-
-func removeLinks(name string) error {
-	links, err := netlink.LinkList()
-	if err != nil {
-		return fmt.Errorf("list links: %w", err)
-	}
-	var failed []error
-	for _, link := range links {
-		if n := link.Attrs().Name; n != name && !strings.HasPrefix(n, name+"-") {
-			continue
-		}
-		if err := netlink.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
-			failed = append(failed, fmt.Errorf("delete link %s: %w", link.Attrs().Name, err))
-		}
-	}
-	return errors.Join(failed...)
-}
-
-func removeTable(name string) error {
-	conn, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
-	}
-	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
-	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
-		return nil // a kernel without nftables has no table of ours
-	}
-	if err != nil {
-		return fmt.Errorf("list nftables: %w", err)
-	}
-	for _, table := range tables {
-		if table.Name == name {
-			conn.DelTable(table)
-		}
-	}
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("delete nftables table %s: %w", name, err)
-	}
-	return nil
 }
 
 // removeCgroups removes the keepers' and pods' cgroups in every hierarchy, from

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/network/builtin"
 )
 
 // TestAll makes one of each thing there is to remove, in a network namespace of
@@ -22,9 +23,10 @@ func TestAll(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
+	const link = "smpr0"
 	dir := t.TempDir()
 	target := Target{
-		Root: filepath.Join(dir, "root"), State: filepath.Join(dir, "state"), Link: "smpr0",
+		Root: filepath.Join(dir, "root"), State: filepath.Join(dir, "state"), RemoveNetwork: func() error { return builtin.Remove("", link) },
 		NetNS: filepath.Join(dir, "netns"), Cgroup: fmt.Sprintf("smp-reset-test-%d", os.Getpid()),
 		Keepers: fmt.Sprintf("smp-reset-test-%d.keeper-*", os.Getpid()),
 		Marks:   filepath.Join(dir, "logs", "*", ".mark"),
@@ -84,7 +86,7 @@ func TestAll(t *testing.T) {
 
 	for range 2 { // the second time there is nothing left
 		must(t, host.InNetNS(own, func() error {
-			for _, name := range []string{target.Link, target.Link + "-x", "smpr0x"} {
+			for _, name := range []string{link, "smpr0x"} {
 				if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}}); err != nil && name != "smpr0x" {
 					return err
 				}
@@ -93,7 +95,7 @@ func TestAll(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			for _, name := range []string{target.Link, "other"} {
+			for _, name := range []string{link, "other"} {
 				conn.AddTable(&nftables.Table{Name: name, Family: nftables.TableFamilyINet})
 			}
 			if err := conn.Flush(); err != nil {
