@@ -1,8 +1,10 @@
 package host
 
 import (
+	"bytes"
 	"errors"
 	"os"
+	"strconv"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -91,3 +93,23 @@ func (h *Pidfd) File() *os.File { return h.f }
 
 // PidfdOf makes a handle of a pidfd, which it takes.
 func PidfdOf(f *os.File) *Pidfd { return &Pidfd{f} }
+
+// ZombieStatus returns how the process exited if it has not been reaped yet, to
+// those too who are not its parent. It needs the right to trace the process.
+func (p Process) ZombieStatus() (unix.WaitStatus, bool) {
+	stat, err := os.ReadFile("/proc/" + strconv.Itoa(p.Pid) + "/stat")
+	if err != nil || p.Boot != BootID() {
+		return 0, false
+	}
+	start, err := startTime(stat)
+	if err != nil || start != p.Start {
+		return 0, false
+	}
+	// Behind the name: the state is field 3, the exit code field 52.
+	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 50 || fields[0][0] != 'Z' {
+		return 0, false
+	}
+	code, err := strconv.ParseUint(string(fields[49]), 10, 32)
+	return unix.WaitStatus(code), err == nil
+}

@@ -47,6 +47,9 @@ func TestPeekExit(t *testing.T) {
 					}
 				}
 			}
+			if status, ok := p.ZombieStatus(); !ok || status != want {
+				t.Fatalf("of the zombie: %#x, %v; want %#x", status, ok, want)
+			}
 			if err := Reap(h.Child()); err != nil {
 				t.Fatal(err)
 			}

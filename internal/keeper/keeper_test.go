@@ -364,11 +364,10 @@ func TestWatch(t *testing.T) {
 
 func TestReopenLog(t *testing.T) {
 	l := newLab(t)
-	r := l.sh("c", "echo one; read x < "+l.root+"/gate; echo two")
 	if err := unix.Mkfifo(l.root+"/gate", 0o600); err != nil {
 		t.Fatal(err)
 	}
-	l.sh("c2", "true")
+	r := l.sh("c", "echo one; read x < "+l.root+"/gate; echo two")
 	waitFor(t, func() bool { return l.output(r.LogPath) == "one\n" })
 	if err := os.Rename(r.LogPath, r.LogPath+".1"); err != nil {
 		t.Fatal(err)
@@ -494,10 +493,6 @@ func TestKilled(t *testing.T) {
 			l := newLab(t)
 			const n = 4
 			var requests []keeper.CreateRequest
-			gate := l.root + "/gate"
-			if err := unix.Mkfifo(gate, 0o600); err != nil {
-				t.Fatal(err)
-			}
 			for i := range n {
 				requests = append(requests, l.sh(fmt.Sprint("c", i), fmt.Sprintf(
 					"i=0; while test ! -e %s/stop; do echo line $i; i=$((i+1)); done; echo end; exit %d", l.root, 40+i)))
