@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/keeper"
@@ -114,13 +115,25 @@ func (s *runtimeService) ContainerStatus(_ context.Context, r *runtimeapi.Contai
 
 // ListContainers lists the containers that pass the filter.
 func (s *runtimeService) ListContainers(_ context.Context, r *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
-	resp := &runtimeapi.ListContainersResponse{}
+	return &runtimeapi.ListContainersResponse{Containers: s.containers(r.GetFilter())}, nil
+}
+
+// StreamContainers is ListContainers for a node with more containers than one
+// message can tell of.
+func (s *runtimeService) StreamContainers(r *runtimeapi.StreamContainersRequest, stream grpc.ServerStreamingServer[runtimeapi.StreamContainersResponse]) error {
+	return sendBatches(s.containers(r.GetFilter()), func(items []*runtimeapi.Container) error {
+		return stream.Send(&runtimeapi.StreamContainersResponse{Containers: items})
+	})
+}
+
+func (s *runtimeService) containers(f *runtimeapi.ContainerFilter) []*runtimeapi.Container {
+	var items []*runtimeapi.Container
 	for _, st := range s.cfg.Pods.ListContainers() {
-		if c := containerItem(st); containerPasses(c, r.GetFilter()) {
-			resp.Containers = append(resp.Containers, c)
+		if c := containerItem(st); containerPasses(c, f) {
+			items = append(items, c)
 		}
 	}
-	return resp, nil
+	return items
 }
 
 func containerPasses(c *runtimeapi.Container, f *runtimeapi.ContainerFilter) bool {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/image"
@@ -48,22 +49,39 @@ func credentials(a *runtimeapi.AuthConfig) *image.Auth {
 
 // ListImages lists all images, or the one the filter names.
 func (s *imageService) ListImages(_ context.Context, r *runtimeapi.ListImagesRequest) (*runtimeapi.ListImagesResponse, error) {
-	resp := &runtimeapi.ListImagesResponse{}
-	if ref := r.GetFilter().GetImage().GetImage(); ref != "" {
+	items, err := s.list(r.GetFilter())
+	return &runtimeapi.ListImagesResponse{Images: items}, err
+}
+
+// StreamImages is ListImages for a node with more images than one message can
+// tell of.
+func (s *imageService) StreamImages(r *runtimeapi.StreamImagesRequest, stream grpc.ServerStreamingServer[runtimeapi.StreamImagesResponse]) error {
+	items, err := s.list(r.GetFilter())
+	if err != nil {
+		return err
+	}
+	return sendBatches(items, func(items []*runtimeapi.Image) error {
+		return stream.Send(&runtimeapi.StreamImagesResponse{Images: items})
+	})
+}
+
+func (s *imageService) list(f *runtimeapi.ImageFilter) ([]*runtimeapi.Image, error) {
+	found := s.images.List()
+	if ref := f.GetImage().GetImage(); ref != "" {
 		img, err := s.images.Get(ref)
 		if errdefs.IsNotFound(err) {
-			return resp, nil
+			return nil, nil
 		}
 		if err != nil {
 			return nil, err
 		}
-		resp.Images = []*runtimeapi.Image{imageItem(img)}
-		return resp, nil
+		found = []image.Image{img}
 	}
-	for _, img := range s.images.List() {
-		resp.Images = append(resp.Images, imageItem(img))
+	items := make([]*runtimeapi.Image, 0, len(found))
+	for _, img := range found {
+		items = append(items, imageItem(img))
 	}
-	return resp, nil
+	return items, nil
 }
 
 // ImageStatus describes an image; an absent one is no error and no image.

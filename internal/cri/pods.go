@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/pod"
@@ -56,13 +57,25 @@ func (s *runtimeService) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSa
 
 // ListPodSandbox lists the pods that pass the filter.
 func (s *runtimeService) ListPodSandbox(_ context.Context, r *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
-	resp := &runtimeapi.ListPodSandboxResponse{}
+	return &runtimeapi.ListPodSandboxResponse{Items: s.pods(r.GetFilter())}, nil
+}
+
+// StreamPodSandboxes is ListPodSandbox for a node with more pods than one message
+// can tell of.
+func (s *runtimeService) StreamPodSandboxes(r *runtimeapi.StreamPodSandboxesRequest, stream grpc.ServerStreamingServer[runtimeapi.StreamPodSandboxesResponse]) error {
+	return sendBatches(s.pods(r.GetFilter()), func(items []*runtimeapi.PodSandbox) error {
+		return stream.Send(&runtimeapi.StreamPodSandboxesResponse{PodSandboxes: items})
+	})
+}
+
+func (s *runtimeService) pods(f *runtimeapi.PodSandboxFilter) []*runtimeapi.PodSandbox {
+	var items []*runtimeapi.PodSandbox
 	for _, st := range s.cfg.Pods.List() {
-		if p := podItem(st); podPasses(p, r.GetFilter()) {
-			resp.Items = append(resp.Items, p)
+		if p := podItem(st); podPasses(p, f) {
+			items = append(items, p)
 		}
 	}
-	return resp, nil
+	return items
 }
 
 func podPasses(p *runtimeapi.PodSandbox, f *runtimeapi.PodSandboxFilter) bool {

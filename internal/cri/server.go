@@ -42,15 +42,18 @@ type Config struct {
 // client accepts.
 const maxMessage = 16 << 20
 
-// NewServer returns a gRPC server with both CRI services registered.
+// NewServer returns a gRPC server with both CRI services registered, in v1 and in
+// v1alpha2.
 func NewServer(cfg Config) *grpc.Server {
 	edge := edge{log: cfg.Logger}
 	s := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
 		grpc.UnaryInterceptor(edge.unary), grpc.StreamInterceptor(edge.stream),
 	)
-	runtimeapi.RegisterRuntimeServiceServer(s, &runtimeService{cfg: cfg})
-	runtimeapi.RegisterImageServiceServer(s, &imageService{images: cfg.Images})
+	runtime, images := &runtimeService{cfg: cfg}, &imageService{images: cfg.Images}
+	runtimeapi.RegisterRuntimeServiceServer(s, runtime)
+	runtimeapi.RegisterImageServiceServer(s, images)
+	registerV1alpha2(s, runtime, images)
 	return s
 }
 

@@ -22,8 +22,8 @@ func cache() (string, error) {
 	return filepath.Join(root, ".cache"), nil
 }
 
-// Tool is the path of one of the programs that prepare built: crictl, ginkgo or
-// critest.test.
+// Tool is the path of one of the programs that prepare built: crictl, ginkgo,
+// critest.test, or a client's tests in test/clients.
 func Tool(name string) (string, error) {
 	dir, err := cache()
 	return filepath.Join(dir, "tools", name), err
@@ -93,6 +93,7 @@ func buildTools(ctx context.Context, cache, set string) error {
 		{tools, []string{"build", version, "-o", out("crictl"), "sigs.k8s.io/cri-tools/cmd/crictl"}},
 		{tools, []string{"build", "-o", out("ginkgo"), "github.com/onsi/ginkgo/v2/ginkgo"}},
 		{critest, []string{"test", "-c", "-vet=off", version, "-o", out("critest.test"), "./cmd/critest"}},
+		{filepath.Join(root, "test", "clients", "v1alpha2"), []string{"test", "-c", "-o", out("v1alpha2.test"), "."}},
 	} {
 		if _, err := goTool(build.dir, build.args...); err != nil {
 			return err
