@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -23,6 +24,8 @@ var errorCodes = []struct {
 	{errdefs.ErrInvalidArgument, codes.InvalidArgument},
 	{errdefs.ErrDataLoss, codes.DataLoss},
 	{errdefs.ErrResourceExhausted, codes.ResourceExhausted},
+	{unix.ENOSPC, codes.ResourceExhausted},
+	{unix.EDQUOT, codes.ResourceExhausted},
 	{errdefs.ErrNotFound, codes.NotFound},
 	{errdefs.ErrAlreadyExists, codes.AlreadyExists},
 	{errdefs.ErrPermissionDenied, codes.PermissionDenied},

@@ -72,14 +72,16 @@ func (s *Pods) loadPod(id string) *Pod {
 		return p
 	}
 	var r readyRecord
+	if err := state.Read(filepath.Join(dir, "stopped"), readyKind, &r); !errors.Is(err, os.ErrNotExist) {
+		p.phase, p.ips = stopped, r.IPs
+		return p
+	}
 	err := state.Read(filepath.Join(dir, "ready"), readyKind, &r)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		p.phase = making // never finished: Adopt undoes it
 	case err != nil:
 		p.phase, p.problem = stopped, err.Error()
-	case state.Exists(filepath.Join(dir, "stopped")):
-		p.phase, p.ips = stopped, r.IPs
 	case r.Boot != host.BootID():
 		p.phase, p.problem = stopped, "the machine was restarted"
 	case p.NetNS != "" && !host.Pinned(p.NetNS):

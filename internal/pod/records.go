@@ -48,13 +48,12 @@ func (p paths) make() error {
 	return os.MkdirAll(p.netns, 0o755)
 }
 
-// A pod's directory has its configuration, written once, and facts that are
-// added: ready, stopped. A container's has config, created, started, resources,
+// A pod's directory has its configuration, written once, and a fact: ready, which
+// is renamed to stopped. A container's has config, created, started, resources,
 // and exit, which the keeper writes.
 var (
 	podKind       = state.Kind{Name: "pod-config", Version: 1}
 	readyKind     = state.Kind{Name: "pod-ready", Version: 1}
-	stoppedKind   = state.Kind{Name: "pod-stopped", Version: 1}
 	containerKind = state.Kind{Name: "container-config", Version: 1}
 	createdKind   = state.Kind{Name: "container-created", Version: 1}
 	startedKind   = state.Kind{Name: "container-started", Version: 1}
@@ -74,10 +73,6 @@ type podRecord struct {
 type readyRecord struct {
 	Boot string   `json:"boot"`
 	IPs  []string `json:"ips,omitempty"`
-}
-
-type stoppedRecord struct {
-	At time.Time `json:"at"`
 }
 
 type containerRecord struct {

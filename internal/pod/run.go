@@ -236,9 +236,11 @@ func (s *Pods) stopPod(ctx context.Context, p *Pod) error {
 }
 
 // retire makes the pod not ready, for good: recorded first, so that a restart
-// in the middle does not make it ready again.
+// in the middle does not make it ready again. The record changes its name, which
+// works on a full disk too.
 func (s *Pods) retire(p *Pod) error {
-	if err := state.Write(filepath.Join(s.paths.pod(p.ID), "stopped"), stoppedKind, stoppedRecord{time.Now()}, state.Volatile); err != nil {
+	dir := s.paths.pod(p.ID)
+	if err := os.Rename(filepath.Join(dir, "ready"), filepath.Join(dir, "stopped")); ignoreAbsent(err) != nil {
 		return err
 	}
 	p.mu.Lock()

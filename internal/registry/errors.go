@@ -85,7 +85,8 @@ func statusClass(status int) error {
 		return errdefs.ErrResourceExhausted
 	case status == http.StatusBadRequest:
 		return errdefs.ErrInvalidArgument
-	case status == http.StatusRequestTimeout, status >= 500:
+	case status == http.StatusRequestTimeout, status >= 500,
+		status == http.StatusRequestedRangeNotSatisfiable: // it does not have what it began to send
 		return errdefs.ErrUnavailable
 	}
 	return errdefs.ErrFailedPrecondition
