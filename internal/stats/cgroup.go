@@ -244,6 +244,15 @@ func (r *reader) processes(dir string, pids []int, depth int) ([]int, error) {
 // because an os.File costs as much again as the reading.
 type reader struct{ buf []byte }
 
+// read returns a file's content, or nil if it cannot be read.
+func (r *reader) read(dir, name string) []byte {
+	data, err := r.readAll(dir, name)
+	if err != nil {
+		return nil
+	}
+	return data
+}
+
 // maxFile bounds how much of a file is read.
 const maxFile = 1 << 20
 

@@ -52,9 +52,12 @@ type Config struct {
 // Collector reads figures. Its methods may be called at the same time.
 type Collector struct {
 	cgroups *cgroups
+	sys     string // where sysfs is
+	proc    string // where procfs is
 	log     *slog.Logger
 	layers  layers
 	links   links
+	blocks  blockDevices
 
 	mu  sync.Mutex
 	cpu map[string]*cpuSamples // by id of a container or pod
@@ -62,7 +65,7 @@ type Collector struct {
 
 // New returns a Collector that reads the given hierarchies.
 func New(cfg Config) *Collector {
-	c := &Collector{cgroups: newCgroups(cfg.Cgroups), log: cfg.Logger, cpu: make(map[string]*cpuSamples)}
+	c := &Collector{cgroups: newCgroups(cfg.Cgroups), sys: "/sys", proc: "/proc", log: cfg.Logger, cpu: make(map[string]*cpuSamples)}
 	c.layers.start(cfg.Filesystem, cfg.Logger)
 	return c
 }

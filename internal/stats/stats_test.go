@@ -200,5 +200,8 @@ func FuzzPressure(f *testing.F) {
 		pressure(data)
 		for range pairs(data) {
 		}
+		trafficV2(data)
+		parseLink(data)
+		parseID(data)
 	})
 }
