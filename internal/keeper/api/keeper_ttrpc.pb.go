@@ -14,6 +14,7 @@ type KeeperService interface {
 	Signal(context.Context, *SignalRequest) (*Empty, error)
 	Update(context.Context, *UpdateRequest) (*Empty, error)
 	ReopenLog(context.Context, *ReopenLogRequest) (*Empty, error)
+	Resize(context.Context, *ResizeRequest) (*Empty, error)
 	Delete(context.Context, *DeleteRequest) (*Empty, error)
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	Watch(context.Context, *WatchRequest, Keeper_WatchServer) error
@@ -77,6 +78,13 @@ func RegisterKeeperService(srv *ttrpc.Server, svc KeeperService) {
 				}
 				return svc.ReopenLog(ctx, &req)
 			},
+			"Resize": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ResizeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Resize(ctx, &req)
+			},
 			"Delete": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req DeleteRequest
 				if err := unmarshal(&req); err != nil {
@@ -115,6 +123,7 @@ type KeeperClient interface {
 	Signal(context.Context, *SignalRequest) (*Empty, error)
 	Update(context.Context, *UpdateRequest) (*Empty, error)
 	ReopenLog(context.Context, *ReopenLogRequest) (*Empty, error)
+	Resize(context.Context, *ResizeRequest) (*Empty, error)
 	Delete(context.Context, *DeleteRequest) (*Empty, error)
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	Watch(context.Context, *WatchRequest) (Keeper_WatchClient, error)
@@ -173,6 +182,14 @@ func (c *keeperClient) Update(ctx context.Context, req *UpdateRequest) (*Empty, 
 func (c *keeperClient) ReopenLog(ctx context.Context, req *ReopenLogRequest) (*Empty, error) {
 	var resp Empty
 	if err := c.client.Call(ctx, "sampan.keeper.v1.Keeper", "ReopenLog", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *keeperClient) Resize(ctx context.Context, req *ResizeRequest) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "sampan.keeper.v1.Keeper", "Resize", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -29,7 +29,7 @@ const (
 	// Hold: keep the attached file under ID and Name, and hand it to the next
 	// worker, since what is in it would be gone if nobody had it.
 	Hold Op = "hold"
-	// Release: close all files of ID.
+	// Release: close the file of ID called Name, or all of ID's if Name is empty.
 	Release Op = "release"
 	// Watch: if Process becomes yours and exits, write how to Path, unless its
 	// directory is gone. With Kill, it is of no use without this worker.

@@ -74,6 +74,11 @@ type Config struct {
 	// FIFOs are the reading ends for stdout and stderr; nil if there is none. They
 	// stay the caller's and must be open until the Log is closed.
 	FIFOs [streams]*os.File
+	// Tap, if not nil, is called with all output as soon as it is there, also
+	// with what waits to become a line, or for a disk that is full. It is called
+	// for each stream from one goroutine, which waits meanwhile. The bytes are
+	// valid during the call. What a killed process had shown may be shown again.
+	Tap func(s Stream, output []byte)
 }
 
 // Log is the log of one container. Its methods may be called from several

@@ -44,6 +44,7 @@ type pump struct {
 	movedAt time.Time // when it was moved
 	size    int       // capacity that the FIFO was given, 0 if not yet
 	drained int       // bytes moved since drains was closed
+	shown   int       // bytes at the FIFO's head that the tap has seen
 }
 
 func newPump(l *Log, s Stream, f *os.File) *pump {
@@ -174,6 +175,7 @@ func (p *pump) batch(fd int, t tail) (outcome, error) {
 		return closed, nil
 	}
 	p.grow(fd, len(raw))
+	p.show(raw)
 	// A batch that could not be written keeps its time: what of it stands in
 	// the log already, and was perhaps read, does not change.
 	if p.at.IsZero() {
@@ -198,10 +200,19 @@ func (p *pump) batch(fd int, t tail) (outcome, error) {
 		return empty, err
 	}
 	p.at, p.moved = time.Time{}, n
+	p.shown = max(0, p.shown-n)
 	if p.draining() {
 		p.drained += n
 	}
 	return moved, nil
+}
+
+// show gives the tap what it has not seen of raw, the FIFO's head.
+func (p *pump) show(raw []byte) {
+	if p.log.cfg.Tap != nil && len(raw) > p.shown {
+		p.log.cfg.Tap(p.stream, raw[p.shown:])
+	}
+	p.shown = max(p.shown, len(raw))
 }
 
 // finish ends the last line, if parts of it are in the log.

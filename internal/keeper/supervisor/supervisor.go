@@ -242,10 +242,7 @@ func (s *supervisor) obey(m link.Message, file *os.File) {
 			s.hold(m.ID, m.Name, file)
 		}
 	case link.Release:
-		for _, f := range s.held[m.ID] {
-			f.Close()
-		}
-		delete(s.held, m.ID)
+		s.release(m.ID, m.Name)
 	case link.Watch:
 		if status, ok := s.recent.find(m.Process.Pid); ok {
 			s.note(m, status)
@@ -272,6 +269,19 @@ func (s *supervisor) hold(id, name string, file *os.File) {
 		old.Close()
 	}
 	s.held[id][name] = file
+}
+
+// release closes one file of id, or all if name is empty.
+func (s *supervisor) release(id, name string) {
+	for n, f := range s.held[id] {
+		if name == "" || n == name {
+			f.Close()
+			delete(s.held[id], n)
+		}
+	}
+	if len(s.held[id]) == 0 {
+		delete(s.held, id)
+	}
 }
 
 // reap notes and reaps every child that has exited. When the worker is among

@@ -74,6 +74,7 @@ type container struct {
 	createdAt time.Time
 	output    *logs.Log
 	relayed   chan struct{} // closed when the terminal has shown its last; nil without one
+	attached  attachments
 
 	// exited is closed when the exit is recorded.
 	exited chan struct{}
@@ -326,7 +327,7 @@ func (c *container) loadProgress() error {
 }
 
 func (c *container) openLog() error {
-	cfg := logs.Config{ID: c.id, Path: c.req.LogPath, Journal: c.path(journalName)}
+	cfg := logs.Config{ID: c.id, Path: c.req.LogPath, Journal: c.path(journalName), Tap: c.attached.show}
 	cfg.FIFOs[logs.Stdout] = c.files[stdoutName]
 	cfg.FIFOs[logs.Stderr] = c.files[stderrName]
 	var err error

@@ -52,7 +52,7 @@ func (w *worker) serveExecs(l net.Listener) error {
 	}
 }
 
-// execution is one exec, which lives no longer than its connection.
+// execution is one exec or attach, which lives no longer than its connection.
 type execution struct {
 	w    *worker
 	conn *net.UnixConn
@@ -72,6 +72,9 @@ func (x *execution) run() error {
 			f.Close()
 		}
 	}()
+	if x.req.Attach != nil {
+		return x.attach()
+	}
 	stdio, err := x.stdio(files)
 	if err != nil {
 		return err

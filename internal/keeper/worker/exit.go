@@ -38,6 +38,7 @@ func (c *container) await() {
 		exit.OOMKills = c.oomKills()
 		exit.OOMKilled = exit.OOMKills > 0 && exit.Code != 0
 		drained := c.drain()
+		c.attached.end()
 		recorded := c.record(exit)
 		c.mu.Lock()
 		c.exit = &exit

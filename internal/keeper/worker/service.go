@@ -121,6 +121,14 @@ func (s *service) ReopenLog(ctx context.Context, r *api.ReopenLogRequest) (*api.
 	return &api.Empty{}, c.output.Reopen()
 }
 
+func (s *service) Resize(ctx context.Context, r *api.ResizeRequest) (*api.Empty, error) {
+	c, err := s.w.container(ctx, r.Id)
+	if err != nil {
+		return nil, err
+	}
+	return &api.Empty{}, c.resize(r.Width, r.Height)
+}
+
 func (s *service) Delete(ctx context.Context, r *api.DeleteRequest) (*api.Empty, error) {
 	s.w.mu.Lock()
 	c, ok := s.w.containers[r.Id]

@@ -151,6 +151,19 @@ func (c *container) letGo() {
 	}
 }
 
+// closeStdin closes the keeper's end of stdin for good: the supervisor's first,
+// so that no later worker has it again.
+func (c *container) closeStdin() {
+	c.mu.Lock()
+	f := c.files[stdinName]
+	delete(c.files, stdinName)
+	c.mu.Unlock()
+	if f != nil {
+		c.w.tell(link.Message{Op: link.Release, ID: c.id, Name: stdinName}, nil)
+		f.Close()
+	}
+}
+
 // startRelay begins to move what the terminal shows into the stdout FIFO. When it
 // returns the FIFO has a writer, and the log's pump does not take it for closed.
 func (c *container) startRelay() error {
