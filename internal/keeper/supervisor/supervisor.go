@@ -56,7 +56,8 @@ func Run(cfg Config) error {
 	if cfg.Ready >= 0 {
 		unix.CloseOnExec(cfg.Ready)
 	}
-	signal.Ignore(unix.SIGPIPE, unix.SIGHUP, unix.SIGINT)
+	// Caught and not heard: what is ignored would stay so in containers.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE, unix.SIGHUP, unix.SIGINT)
 	died := make(chan os.Signal, 1)
 	signal.Notify(died, unix.SIGCHLD)
 	// Whoever is short of memory, the keeper is not to blame. Containers have a

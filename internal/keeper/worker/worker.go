@@ -58,7 +58,8 @@ const (
 // Run works until the keeper is idle. When the supervisor dies it does not
 // return: the process is a supervisor then.
 func Run(cfg Config) error {
-	signal.Ignore(unix.SIGPIPE, unix.SIGHUP, unix.SIGINT)
+	// Caught and not heard: what is ignored would stay so in containers.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE, unix.SIGHUP, unix.SIGINT)
 	for fd := supervisor.WorkerLink; fd <= supervisor.WorkerLock; fd++ {
 		unix.CloseOnExec(fd)
 	}
