@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"k8s.io/klog/v2"
 
 	"sampan.dev/sampan/internal/admin"
 	"sampan.dev/sampan/internal/config"
@@ -31,6 +32,7 @@ import (
 	"sampan.dev/sampan/internal/pod"
 	"sampan.dev/sampan/internal/registry"
 	"sampan.dev/sampan/internal/stats"
+	"sampan.dev/sampan/internal/stream"
 )
 
 // shutdownTime bounds how long calls under way may take after SIGTERM.
@@ -129,8 +131,14 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	}
 	defer figures.Close()
 
+	streams, err := openStreams(cfg, pods, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, streams.Close()) }()
+
 	server := cri.NewServer(cri.Config{
-		Pods: pods, Images: images, Network: podNetwork, Stats: figures, Version: version(),
+		Pods: pods, Images: images, Network: podNetwork, Stats: figures, Streams: streams, Version: version(),
 		Handlers: slices.Collect(maps.Keys(handlers(cfg))), DefaultHandler: cfg.DefaultHandler,
 		Facts: facts, SystemdCgroup: systemdCgroup(cfg), Root: cfg.Root, State: cfg.State, Logger: log,
 	})
@@ -139,8 +147,9 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err != nil {
 		return err
 	}
-	served := make(chan error, 1)
+	served := make(chan error, 2)
 	go func() { served <- server.Serve(listener) }()
+	go func() { served <- streams.Serve() }()
 	log.Info("serving", "listen", cfg.Listen, "version", version(), "dur", time.Since(start).Round(time.Millisecond))
 	if _, err := sdnotify.SdNotify(false, sdnotify.SdNotifyReady); err != nil {
 		log.Warn("tell systemd that the daemon is ready", "err", err)
@@ -270,6 +279,15 @@ func openNetwork(cfg config.Config, log *slog.Logger) (network.Network, error) {
 		return nil, errors.Join(err, own.Close())
 	}
 	return network.NewAuto(own, plugins, plugins.Configured), nil
+}
+
+// openStreams returns the server of exec, attach and port-forward.
+func openStreams(cfg config.Config, pods *pod.Pods, log *slog.Logger) (*stream.Server, error) {
+	// The library that it is built on has a log of its own.
+	klog.SetSlogLogger(slog.New(stream.ForDebugging(log.Handler())))
+	return stream.Listen(stream.Config{
+		Address: cfg.Streaming.Address, CertFile: cfg.Streaming.TLSCert, KeyFile: cfg.Streaming.TLSKey, Pods: pods, Logger: log,
+	})
 }
 
 func keeperDialer(cfg config.Config, binary string, log *slog.Logger) func(context.Context, string) (pod.Keeper, error) {

@@ -97,7 +97,9 @@ const (
 
 // Streaming says where exec, attach and port-forward streams are served.
 type Streaming struct {
-	Address string `toml:"address"` // host:port; port 0 takes a free one
+	Address string `toml:"address"`  // host:port; port 0 takes a free one
+	TLSCert string `toml:"tls_cert"` // PEM file; "" serves without TLS
+	TLSKey  string `toml:"tls_key"`  // PEM file
 }
 
 // Handler is an OCI runtime that is driven by its command line.

@@ -64,6 +64,8 @@ func TestParse(t *testing.T) {
 		{"mapped", "[network]\nsubnet = \"::ffff:10.0.0.0/104\"", []string{"network.subnet"}},
 		{"no plugins", "[network]\nmode = \"cni\"\ncni_bin_dirs = []", []string{"network.cni_bin_dirs"}},
 		{"address", "[streaming]\naddress = \"localhost:0\"", []string{`"localhost" is not an IP address`}},
+		{"half of TLS", "[streaming]\ntls_cert = \"/etc/cert\"", []string{`streaming.tls_key = ""`, "must be set too"}},
+		{"TLS file", "[streaming]\ntls_cert = \"cert\"\ntls_key = \"/etc/key\"", []string{`streaming.tls_cert = "cert"`, "absolute path"}},
 		{"no port", "[streaming]\naddress = \"127.0.0.1\"", []string{"streaming.address"}},
 		{"port", "[streaming]\naddress = \"127.0.0.1:70000\"", []string{"70000"}},
 		{"unknown handler", "default_handler = \"runc\"", []string{"[handlers.runc]", "known handlers: builtin"}},
@@ -126,7 +128,7 @@ func TestKeys(t *testing.T) {
 	want := []string{
 		"root", "state", "listen", "default_handler", "registry.config_dir", "images.pinned",
 		"network.mode", "network.subnet", "network.cni_conf_dir", "network.cni_bin_dirs",
-		"cgroup.driver", "keeper.isolation", "streaming.address", "handlers.NAME.path",
+		"cgroup.driver", "keeper.isolation", "streaming.address", "streaming.tls_cert", "streaming.tls_key", "handlers.NAME.path",
 	}
 	if !slices.Equal(Keys(), want) {
 		t.Errorf("got %q, want %q", Keys(), want)

@@ -48,6 +48,7 @@ func (c Config) Validate() error {
 	choice(v, "cgroup.driver", c.Cgroup.Driver, CgroupAuto, CgroupFS, CgroupSystemd)
 	choice(v, "keeper.isolation", c.Keeper.Isolation, IsolationNode, IsolationPod)
 	v.address("streaming.address", c.Streaming.Address)
+	v.pair("streaming.tls_cert", c.Streaming.TLSCert, "streaming.tls_key", c.Streaming.TLSKey)
 	v.handlers(c.Handlers, c.DefaultHandler)
 	return v.err()
 }
@@ -96,6 +97,18 @@ func (v *problems) address(key, value string) {
 	}
 	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
 		v.add(key, value, fmt.Sprintf("%q is not a port from 0 to 65535", port))
+	}
+}
+
+// pair checks two files of which both or none must be given.
+func (v *problems) pair(keyA, a, keyB, b string) {
+	for _, f := range []struct{ key, path, otherKey, other string }{{keyA, a, keyB, b}, {keyB, b, keyA, a}} {
+		switch {
+		case f.path == "" && f.other != "":
+			v.add(f.key, f.path, "must be set too, since "+f.otherKey+" is")
+		case f.path != "" && !filepath.IsAbs(f.path):
+			v.add(f.key, f.path, "must be an absolute path")
+		}
 	}
 }
 

@@ -28,6 +28,7 @@ type Config struct {
 	Images  *image.Store
 	Network network.Network
 	Stats   *stats.Collector
+	Streams Streams
 
 	Version        string   // of Sampan
 	Handlers       []string // names of the configured handlers

@@ -68,6 +68,8 @@ type Keeper interface {
 	ReopenLog(ctx context.Context, id string) error
 	Exec(ctx context.Context, r keeper.ExecRequest) (keeper.ExecResult, error)
 	ExecOutput(ctx context.Context, r keeper.ExecRequest, limit int) (stdout, stderr []byte, res keeper.ExecResult, err error)
+	Attach(ctx context.Context, r keeper.AttachRequest) error
+	Resize(ctx context.Context, id string, width, height uint16) error
 	Delete(ctx context.Context, id string) error
 	List(ctx context.Context) ([]keeper.ContainerState, error)
 	Watch(ctx context.Context, onConnect func([]keeper.ContainerState), onEvent func(keeper.Event)) error

@@ -30,6 +30,7 @@ var groups = []string{
 	`Idempotence`,
 	`Container OOM`,
 	`Security Context (NamespaceOption|bucket)`,
+	`Streaming`,
 }
 
 func TestBuiltin(t *testing.T) {

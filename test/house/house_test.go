@@ -31,7 +31,7 @@ const module = "sampan.dev/sampan/"
 // up, never sideways. A sub-package lives on its parent's floor, and may import
 // the rest of its family.
 var floors = [][]string{
-	{"internal/state", "internal/host", "internal/flight", "internal/config", "internal/embedded", "internal/hello"},
+	{"internal/state", "internal/host", "internal/flight", "internal/config", "internal/embedded", "internal/hello", "internal/backlog"},
 	{"internal/spec", "internal/layer", "internal/registry", "internal/network", "internal/ociruntime", "internal/reset"},
 	{"internal/keeper"},
 	{"internal/image"},
