@@ -228,7 +228,7 @@ func (l *Lab) logTail() string {
 // Crictl runs crictl against the daemon and returns what it printed; a failure
 // of it is an error.
 func (l *Lab) Crictl(args ...string) (stdout, stderr string, err error) {
-	cmd, err := l.crictl(args...)
+	cmd, err := l.CrictlCommand(args...)
 	if err != nil {
 		return "", "", err
 	}
@@ -242,7 +242,7 @@ func (l *Lab) Crictl(args ...string) (stdout, stderr string, err error) {
 
 // StartCrictl starts crictl with its output in the file, for what does not end.
 func (l *Lab) StartCrictl(output *os.File, args ...string) (*exec.Cmd, error) {
-	cmd, err := l.crictl(args...)
+	cmd, err := l.CrictlCommand(args...)
 	if err != nil {
 		return nil, err
 	}
@@ -250,7 +250,8 @@ func (l *Lab) StartCrictl(output *os.File, args ...string) (*exec.Cmd, error) {
 	return cmd, cmd.Start()
 }
 
-func (l *Lab) crictl(args ...string) (*exec.Cmd, error) {
+// CrictlCommand is a crictl against the daemon, to be started by the caller.
+func (l *Lab) CrictlCommand(args ...string) (*exec.Cmd, error) {
 	path, err := Tool("crictl")
 	if err != nil {
 		return nil, err
