@@ -79,19 +79,11 @@ func (s *runtimeService) StreamPodSandboxMetrics(_ *runtimeapi.StreamPodSandboxM
 }
 
 func (s *runtimeService) podStats(f *runtimeapi.PodSandboxStatsFilter) []*runtimeapi.PodSandboxStats {
-	var list []*runtimeapi.PodSandboxStats
-	for _, p := range s.measuredPods(f) {
-		list = append(list, s.cfg.Stats.Pod(p))
-	}
-	return list
+	return stats.Map(s.measuredPods(f), s.cfg.Stats.Pod)
 }
 
 func (s *runtimeService) podMetrics() []*runtimeapi.PodSandboxMetrics {
-	var list []*runtimeapi.PodSandboxMetrics
-	for _, p := range s.measuredPods(nil) {
-		list = append(list, s.cfg.Stats.Metrics(p))
-	}
-	return list
+	return stats.Map(s.measuredPods(nil), s.cfg.Stats.Metrics)
 }
 
 // measuredPods says where the figures of the pods are that pass the filter, and
@@ -125,14 +117,14 @@ func podMeasured(p pod.Status, f *runtimeapi.PodSandboxStatsFilter) bool {
 
 func (s *runtimeService) containerStats(f *runtimeapi.ContainerStatsFilter) []*runtimeapi.ContainerStats {
 	pods, containers := s.inventory()
-	var list []*runtimeapi.ContainerStats
+	var list []stats.Container
 	for _, st := range containers {
 		p, ok := pods[st.PodID]
 		if ok && containerMeasured(st, f) {
-			list = append(list, s.cfg.Stats.Container(s.measured(p, st)))
+			list = append(list, s.measured(p, st))
 		}
 	}
-	return list
+	return stats.Map(list, s.cfg.Stats.Container)
 }
 
 func containerMeasured(st pod.ContainerStatus, f *runtimeapi.ContainerStatsFilter) bool {

@@ -44,8 +44,8 @@ func BenchmarkContainers(b *testing.B) {
 	}
 	start := cpuTime(b)
 	for b.Loop() {
-		for _, ctr := range all {
-			if st := c.Container(ctr); st.Memory == nil && host.CgroupMode() != host.CgroupV2 {
+		for _, st := range Map(all, c.Container) {
+			if st.Memory == nil && host.CgroupMode() != host.CgroupV2 {
 				b.Fatal("no figures")
 			}
 		}

@@ -22,13 +22,10 @@ const holdTime = 30 * time.Second
 
 // open returns the files of a cgroup, and remembers them if there are any.
 func (g *cgroups) open(cgroup string) *handle {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if h := g.held[cgroup]; h != nil {
-		h.used = time.Now()
+	if h := g.remembered(cgroup, nil); h != nil {
 		return h
 	}
-	h := &handle{used: time.Now()}
+	h := &handle{}
 	files := filesV2
 	if g.v1() {
 		files = filesV1
@@ -47,6 +44,24 @@ func (g *cgroups) open(cgroup string) *handle {
 	if !found {
 		return h
 	}
+	first := g.remembered(cgroup, h)
+	if first != h {
+		h.close()
+	}
+	return first
+}
+
+// remembered returns what is held of a cgroup. If that is nothing, it holds h.
+func (g *cgroups) remembered(cgroup string, h *handle) *handle {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if held := g.held[cgroup]; held != nil {
+		h = held
+	}
+	if h == nil {
+		return nil
+	}
+	h.used = time.Now()
 	g.held[cgroup] = h
 	if g.idle == nil {
 		g.idle = time.AfterFunc(holdTime, g.tidy)

@@ -61,16 +61,16 @@ func (l *layers) stop() {
 
 // usage returns what a container has written, or nil if that is not known yet.
 func (l *layers) usage(id, dir string) *runtimeapi.FilesystemUsage {
+	if !l.knows(id) {
+		start := time.Now()
+		n, err := layer.Measure(context.Background(), dir, layerSmall)
+		l.counted(id, start, n, err)
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	u := l.known[id]
 	if u == nil {
-		u = &layerUsage{}
-		l.known[id] = u
-		start := time.Now()
-		if n, err := layer.Measure(context.Background(), dir, layerSmall); err == nil {
-			u.at, u.took, u.Usage = start, time.Since(start), n
-		}
+		return nil // forgotten meanwhile
 	}
 	if !u.queued && time.Since(u.at) > max(layerAge, layerRest*u.took) {
 		u.queued = true
@@ -86,6 +86,18 @@ func (l *layers) usage(id, dir string) *runtimeapi.FilesystemUsage {
 	return &runtimeapi.FilesystemUsage{
 		Timestamp: u.at.UnixNano(), FsId: l.filesystem, UsedBytes: number(u.Bytes), InodesUsed: number(u.Inodes),
 	}
+}
+
+// knows reports whether the container has been counted, or is about to be; if it
+// is not, it is the caller's to count.
+func (l *layers) knows(id string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.known[id] != nil {
+		return true
+	}
+	l.known[id] = &layerUsage{queued: true}
+	return false
 }
 
 // count works off the queue until ctx ends.

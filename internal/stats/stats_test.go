@@ -184,6 +184,20 @@ func TestWritableLayer(t *testing.T) {
 	}
 }
 
+func TestMap(t *testing.T) {
+	for _, n := range []int{0, 1, minShare, 10 * minShare} {
+		list := make([]int, n)
+		for i := range list {
+			list[i] = i
+		}
+		for i, got := range Map(list, func(i int) int { return 2 * i }) {
+			if got != 2*i {
+				t.Fatalf("of %d, number %d is %d", n, i, got)
+			}
+		}
+	}
+}
+
 func TestProcesses(t *testing.T) {
 	eachVersion(t, func(t *testing.T, c *Collector) {
 		got, err := c.cgroups.processes("/pod/c1")

@@ -57,6 +57,15 @@ func TestStats(t *testing.T) {
 	t.Run("list", func(t *testing.T) { listedContainers(t, l, pod, busy, created, ended) })
 	t.Run("pod", func(t *testing.T) { podFigures(t, l, pod) })
 	t.Run("metrics", func(t *testing.T) { podMetrics(t, l, pod) })
+	t.Run("crictl", func(t *testing.T) {
+		for _, tt := range []struct{ command, text string }{
+			{"stats", busy[:13]}, {"statsp", pod[:13]}, {"metricsp", "container_memory_rss"}, {"metricdescs", "container_memory_rss"},
+		} {
+			if out, _, err := l.Crictl(tt.command); err != nil || !strings.Contains(out, tt.text) {
+				t.Errorf("crictl %s: %v, %q", tt.command, err, out)
+			}
+		}
+	})
 
 	if _, err := l.Runtime.StopPodSandbox(t.Context(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: pod}); err != nil {
 		t.Fatal(err)
