@@ -163,6 +163,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	case <-ctx.Done():
 		log.Info("stopping; pods go on")
 		sdnotify.SdNotify(false, sdnotify.SdNotifyStopping)
+		pods.EndEvents()
 		stopServer(server)
 	case err = <-served:
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -97,10 +98,11 @@ func (s *runtimeService) ContainerStatus(_ context.Context, r *runtimeapi.Contai
 	if err != nil {
 		return nil, err
 	}
-	resp := &runtimeapi.ContainerStatusResponse{Status: containerStatus(st)}
-	if p, err := s.cfg.Pods.Get(st.PodID); err == nil && p.Config.GetLogDirectory() != "" && st.Config.GetLogPath() != "" {
-		resp.Status.LogPath = p.Config.GetLogDirectory() + "/" + st.Config.GetLogPath()
+	p, err := s.cfg.Pods.Get(st.PodID)
+	if err != nil {
+		return nil, err
 	}
+	resp := &runtimeapi.ContainerStatusResponse{Status: containerStatus(p, st)}
 	if r.GetVerbose() {
 		info, err := json.Marshal(map[string]any{
 			"sandboxID": st.PodID, "pid": st.Process.Pid, "config": st.Config, "exit": st.Exit,
@@ -158,12 +160,15 @@ func containerItem(st pod.ContainerStatus) *runtimeapi.Container {
 	}
 }
 
-func containerStatus(st pod.ContainerStatus) *runtimeapi.ContainerStatus {
+func containerStatus(p pod.Status, st pod.ContainerStatus) *runtimeapi.ContainerStatus {
 	c := &runtimeapi.ContainerStatus{
 		Id: st.ID, Metadata: st.Config.GetMetadata(), State: containerStates[st.State],
 		CreatedAt: st.CreatedAt.UnixNano(), Image: imageSpec(st), ImageRef: imageRef(st), ImageId: st.ImageID,
 		Labels: st.Config.GetLabels(), Annotations: st.Config.GetAnnotations(), Mounts: st.Config.GetMounts(),
 		StopSignal: spec.SignalOf(st.StopSignal), User: st.User,
+	}
+	if dir, name := p.Config.GetLogDirectory(), st.Config.GetLogPath(); dir != "" && name != "" {
+		c.LogPath = filepath.Join(dir, name)
 	}
 	if st.Resources != nil {
 		c.Resources = &runtimeapi.ContainerResources{Linux: st.Resources}

@@ -36,13 +36,16 @@ func (s *runtimeService) RemovePodSandbox(ctx context.Context, r *runtimeapi.Rem
 	return &runtimeapi.RemovePodSandboxResponse{}, s.cfg.Pods.Remove(ctx, r.GetPodSandboxId())
 }
 
-// PodSandboxStatus describes one pod.
+// PodSandboxStatus describes one pod with its containers.
 func (s *runtimeService) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
-	st, err := s.cfg.Pods.Get(r.GetPodSandboxId())
+	snapshot, err := s.cfg.Pods.Snapshot(r.GetPodSandboxId())
 	if err != nil {
 		return nil, err
 	}
-	resp := &runtimeapi.PodSandboxStatusResponse{Status: podStatus(st)}
+	st := snapshot.Pod
+	resp := &runtimeapi.PodSandboxStatusResponse{
+		Status: podStatus(st), ContainersStatuses: containerStatuses(snapshot), Timestamp: snapshot.At.UnixNano(),
+	}
 	if r.GetVerbose() {
 		info, err := json.Marshal(map[string]any{
 			"netns": st.NetNS, "keeper": st.KeeperName, "handler": st.RuntimeName, "problem": st.Problem, "config": st.Config,

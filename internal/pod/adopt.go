@@ -39,6 +39,12 @@ func Open(cfg Config) (*Pods, error) {
 	if err := s.loadContainers(); err != nil {
 		return nil, fmt.Errorf("open pods: %w", err)
 	}
+	for _, p := range s.pods {
+		p.told = s.podReached(p)
+	}
+	for _, c := range s.containers {
+		c.told, _ = s.containerReached(c)
+	}
 	return s, nil
 }
 
@@ -203,7 +209,7 @@ func (s *Pods) adoptPod(ctx context.Context, p *Pod) {
 		case <-c.created:
 			if err := s.undoContainer(ctx, p, c); err != nil {
 				s.log.Error("half-made container stays", "container", c.ID, "err", err)
-				c.end(keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: "its creation was interrupted: " + err.Error()})
+				s.ended(c, keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: "its creation was interrupted: " + err.Error()})
 			}
 		default: // being made by this process
 		}
@@ -211,7 +217,7 @@ func (s *Pods) adoptPod(ctx context.Context, p *Pod) {
 	if phase == making {
 		if err := s.undoPod(ctx, p); err != nil {
 			s.log.Error("half-made pod stays", "pod", p.ID, "err", err)
-			p.fail("its creation was interrupted: " + err.Error())
+			s.fail(p, "its creation was interrupted: "+err.Error())
 		}
 	}
 }
@@ -280,6 +286,7 @@ func (s *Pods) refresh(c *Container, ks keeper.ContainerState) {
 	if ks.Exit != nil {
 		c.end(*ks.Exit)
 	}
+	s.announceContainer(c)
 }
 
 // missing ends a container that its keeper does not know: either the exit record
@@ -289,7 +296,7 @@ func (s *Pods) missing(c *Container) {
 	if err != nil {
 		exit = keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: "its keeper lost it: " + err.Error()}
 	}
-	c.end(exit)
+	s.ended(c, exit)
 }
 
 // sweep removes what belongs to nobody.

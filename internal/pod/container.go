@@ -35,6 +35,9 @@ type Container struct {
 	exit      *keeper.Exit
 	resources *runtimeapi.LinuxContainerResources
 	abandon   context.CancelFunc // ends its creation
+	starting  bool               // the keeper was asked to start it and has not answered
+
+	told EventKind // the last event that was announced; guarded by Pods.events
 }
 
 // State is where a container is in its life.
@@ -107,6 +110,12 @@ func (c *Container) end(exit keeper.Exit) {
 		c.state = Exited
 	}
 	close(c.exited)
+}
+
+// ended is end, and lets it be known.
+func (s *Pods) ended(c *Container, exit keeper.Exit) {
+	c.end(exit)
+	s.announceContainer(c)
 }
 
 // giveUp makes a creation under way undo itself.
@@ -185,11 +194,12 @@ func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.C
 		defer cancel()
 		if uerr := s.undoContainer(undo, p, c); uerr != nil {
 			// Visible, so that the client can remove what is left.
-			c.end(keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: fmt.Sprintf("%v; and undoing it: %v", err, uerr)})
+			s.ended(c, keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: fmt.Sprintf("%v; and undoing it: %v", err, uerr)})
 			return "", fmt.Errorf("%w (undo: %w)", err, uerr)
 		}
 		return "", err
 	}
+	s.announceContainer(c)
 	return c.ID, nil
 }
 
@@ -287,17 +297,32 @@ func (s *Pods) startContainer(ctx context.Context, c *Container) error {
 	if err != nil {
 		return err
 	}
-	at, err := k.Start(ctx, c.ID)
+	defer s.announceContainer(c)
+	at, err := c.start(func() (time.Time, error) { return k.Start(ctx, c.ID) })
 	if err != nil {
 		return err
 	}
+	return state.Write(filepath.Join(s.paths.container(c.ID), "started"), startedKind, startedRecord{at}, state.Volatile)
+}
+
+// start marks the container as running. Its exit may be known before the keeper
+// has answered; it counts as started all the same.
+func (c *Container) start(run func() (time.Time, error)) (time.Time, error) {
 	c.mu.Lock()
+	c.starting = true
+	c.mu.Unlock()
+	at, err := run()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.starting = false
+	if err != nil {
+		return at, err
+	}
 	c.startedAt = at
 	if c.exit == nil && c.state == Created {
 		c.state = Running
 	}
-	c.mu.Unlock()
-	return state.Write(filepath.Join(s.paths.container(c.ID), "started"), startedKind, startedRecord{at}, state.Volatile)
+	return at, nil
 }
 
 // String returns the state as in "it is running".
@@ -504,11 +529,11 @@ func (s *Pods) onExit(id string, exit keeper.Exit) {
 	s.mu.RUnlock()
 	switch {
 	case c != nil:
-		c.end(exit)
+		s.ended(c, exit)
 	case p != nil:
 		// Its init: with it the pod's PID namespace is gone.
 		if p.Status().Ready {
-			p.fail(fmt.Sprintf("the process that holds the pod's PID namespace ended with code %d", exit.Code))
+			s.fail(p, fmt.Sprintf("the process that holds the pod's PID namespace ended with code %d", exit.Code))
 		}
 	}
 }
@@ -519,7 +544,11 @@ func (s *Pods) undoContainer(ctx context.Context, p *Pod, c *Container) error {
 	if err := s.deleteFromKeeper(ctx, p, c.ID); err != nil {
 		return err
 	}
-	return s.undoFiles(c.ID)
+	if err := s.undoFiles(c.ID); err != nil {
+		return err
+	}
+	s.announceContainer(c)
+	return nil
 }
 
 // deleteFromKeeper makes the pod's keeper forget a container. A keeper that does

@@ -16,6 +16,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -120,7 +121,9 @@ type Pods struct {
 	ops     flight.Group[string, string] // mutations under way, by what they do
 	work    sync.WaitGroup               // in the background
 
-	mu         sync.RWMutex // guards the maps, and nothing that waits
+	events events
+
+	mu         sync.RWMutex // guards the maps; no other lock is taken while it is held
 	pods       map[string]*Pod
 	containers map[string]*Container
 }
@@ -135,6 +138,8 @@ type Pod struct {
 	problem  string        // why a pod is not ready, if not because it was stopped
 	released bool          // everything Stop gives back has been given back
 	made     chan struct{} // closed when Run has succeeded or been undone
+
+	told EventKind // the last event that was announced; guarded by Pods.events
 }
 
 // phase is where a pod is in its life; it only grows.
@@ -257,38 +262,46 @@ func (s *Pods) containersOf(podID string) []*Container {
 
 func (s *Pods) pod(id string) (*Pod, error) {
 	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return find("pod", s.pods, id, (*Pod).visible)
+	found := startingWith(s.pods, id)
+	s.mu.RUnlock()
+	return only("pod", id, found)
 }
 
 func (s *Pods) container(id string) (*Container, error) {
 	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return find("container", s.containers, id, (*Container).visible)
+	found := startingWith(s.containers, id)
+	s.mu.RUnlock()
+	return only("container", id, found)
 }
 
-// find looks up an id or an unambiguous start of one.
-func find[T any](kind string, all map[string]T, id string, visible func(T) bool) (T, error) {
+// startingWith looks up an id, or the start of one or more.
+func startingWith[T any](all map[string]T, id string) []T {
+	if v, ok := all[id]; ok {
+		return []T{v}
+	}
+	var found []T
+	for key, v := range all {
+		if strings.HasPrefix(key, id) {
+			found = append(found, v)
+		}
+	}
+	return found
+}
+
+// only returns the one visible pod or container among those found by an id.
+func only[T interface{ visible() bool }](kind, id string, found []T) (T, error) {
 	var none T
 	if id == "" {
 		return none, fmt.Errorf("find %s: the id is empty: %w", kind, errdefs.ErrInvalidArgument)
 	}
-	if v, ok := all[id]; ok && visible(v) {
-		return v, nil
-	}
-	var matches []T
-	for key, v := range all {
-		if len(id) < len(key) && strings.HasPrefix(key, id) && visible(v) {
-			matches = append(matches, v)
-		}
-	}
-	switch len(matches) {
+	found = slices.DeleteFunc(found, func(v T) bool { return !v.visible() })
+	switch len(found) {
 	case 0:
 		return none, fmt.Errorf("%s %q: %w", kind, id, errdefs.ErrNotFound)
 	case 1:
-		return matches[0], nil
+		return found[0], nil
 	}
-	return none, fmt.Errorf("%s %q: %d ids start so; give more of it: %w", kind, id, len(matches), errdefs.ErrInvalidArgument)
+	return none, fmt.Errorf("%s %q: %d ids start so; give more of it: %w", kind, id, len(found), errdefs.ErrInvalidArgument)
 }
 
 func (s *Pods) addPod(p *Pod) {

@@ -100,11 +100,12 @@ func (s *Pods) run(ctx context.Context, config *runtimeapi.PodSandboxConfig, han
 		defer cancel()
 		if uerr := s.undoPod(undo, p); uerr != nil {
 			// It stays, visible and not ready, until somebody removes it.
-			p.fail(fmt.Sprintf("%v; and undoing it: %v", err, uerr))
+			s.fail(p, fmt.Sprintf("%v; and undoing it: %v", err, uerr))
 			return "", fmt.Errorf("%w (undo: %w)", err, uerr)
 		}
 		return "", err
 	}
+	s.announcePod(p)
 	return id, nil
 }
 
@@ -164,10 +165,12 @@ func (s *Pods) setUp(ctx context.Context, p *Pod) error {
 	return nil
 }
 
-func (p *Pod) fail(problem string) {
+// fail makes the pod not ready for a reason that its status tells.
+func (s *Pods) fail(p *Pod, problem string) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.phase, p.problem = max(p.phase, stopped), problem
+	p.mu.Unlock()
+	s.announcePod(p)
 }
 
 // namespaces returns the pod's own namespaces and where they are pinned.
@@ -244,8 +247,9 @@ func (s *Pods) retire(p *Pod) error {
 		return err
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.phase = max(p.phase, stopped)
+	p.mu.Unlock()
+	s.announcePod(p)
 	return nil
 }
 
@@ -353,6 +357,7 @@ func (s *Pods) undoPod(ctx context.Context, p *Pod) error {
 		return err
 	}
 	s.dropPod(p)
+	s.announcePod(p)
 	s.keepers.leave(p.Keeper, p.ID)
 	return nil
 }
