@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"os/exec"
+	"strconv"
 	"testing"
 
 	"sampan.dev/sampan/test/lab"
@@ -12,6 +13,11 @@ func TestV1alpha2(t *testing.T) {
 	runClient(t, lab.New(t, lab.Options{}), "v1alpha2.test")
 }
 
+// TestKubeletClient drives every RPC with the kubelet's own client library.
+func TestKubeletClient(t *testing.T) {
+	runClient(t, lab.New(t, lab.Options{}), "kubelet.test")
+}
+
 // runClient runs the tests of a client that is a module of its own.
 func runClient(t *testing.T, l *lab.Lab, name string) {
 	t.Helper()
@@ -20,7 +26,7 @@ func runClient(t *testing.T, l *lab.Lab, name string) {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), path, "-test.v", "-test.timeout=5m")
-	cmd.Env = append(l.Env(), "SAMPAN_SOCKET="+l.Socket, "SAMPAN_IMAGE=busybox")
+	cmd.Env = append(l.Env(), "SAMPAN_SOCKET="+l.Socket, "SAMPAN_PID="+strconv.Itoa(l.Pid()), "SAMPAN_IMAGE=busybox")
 	out, err := cmd.CombinedOutput()
 	t.Logf("%s", out)
 	if err != nil {

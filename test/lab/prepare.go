@@ -94,6 +94,7 @@ func buildTools(ctx context.Context, cache, set string) error {
 		{tools, []string{"build", "-o", out("ginkgo"), "github.com/onsi/ginkgo/v2/ginkgo"}},
 		{critest, []string{"test", "-c", "-vet=off", version, "-o", out("critest.test"), "./cmd/critest"}},
 		{filepath.Join(root, "test", "clients", "v1alpha2"), []string{"test", "-c", "-o", out("v1alpha2.test"), "."}},
+		{filepath.Join(root, "test", "clients", "kubelet"), []string{"test", "-c", "-o", out("kubelet.test"), "."}},
 	} {
 		if _, err := goTool(build.dir, build.args...); err != nil {
 			return err
