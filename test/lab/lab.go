@@ -109,13 +109,17 @@ func enter() (int, error) {
 	}
 	runtime.LockOSThread() // Pdeathsig comes when the forking thread ends
 	defer runtime.UnlockOSThread()
-	return exitCode(cmd.Run())
+	code, err := exitCode(cmd.Run())
+	return code, errors.Join(err, removeCgroups(filepath.Base(dir)))
 }
 
 // asInit is process 1 of the lab: it sets the namespaces up, starts the tests
 // and reaps whatever falls to it.
 func asInit() (int, error) {
 	if err := setUp(); err != nil {
+		return 0, err
+	}
+	if err := enterCgroups(filepath.Base(workDir())); err != nil {
 		return 0, err
 	}
 	if err := os.Setenv(stage, "test"); err != nil {

@@ -125,13 +125,9 @@ func processes() (map[int][]string, error) {
 	return all, nil
 }
 
-// ours tells the cgroups of the daemon, its keepers and pods from others that may
-// come and go on the machine meanwhile.
-var ours = regexp.MustCompile(`/sampan(\.keeper-|-[0-9a-f]{16}(/|$))|[0-9a-f]{64}|kubepods|test\.slice`)
-
 func cgroupDirs(s snapshot) error {
-	return filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
-		if err == nil && d.IsDir() && ours.MatchString(path) {
+	return filepath.WalkDir(cgroupRoot, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
 			s["cgroup "+path] = true
 		}
 		return nil // a cgroup that goes while it is being read is not left behind
