@@ -133,7 +133,7 @@ func (l *Lab) writeConfig(t testing.TB, o Options) {
 func (l *Lab) Start(t testing.TB) {
 	t.Helper()
 	l.daemon = exec.Command(os.Getenv(Binary), "serve", "--config", l.config, "--log-level", "debug", "--log-format", "text")
-	l.daemon.Stdout, l.daemon.Stderr, l.daemon.Env = l.log, l.log, l.env
+	l.daemon.Stdout, l.daemon.Stderr, l.daemon.Env, l.daemon.Dir = l.log, l.log, l.env, l.Dir
 	must(t, l.daemon.Start())
 	l.exited = make(chan error, 1)
 	go func(cmd *exec.Cmd, exited chan<- error) { exited <- cmd.Wait() }(l.daemon, l.exited)
