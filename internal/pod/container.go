@@ -153,6 +153,9 @@ func (s *Pods) CreateContainer(ctx context.Context, podID string, config *runtim
 			if !proto.Equal(c.Config.GetMetadata(), m) {
 				continue
 			}
+			if !c.visible() {
+				return "", fmt.Errorf("%v was half made when the daemon died and is being removed; try again: %w", c, errdefs.ErrUnavailable)
+			}
 			if !proto.Equal(c.Config.ContainerConfig, config) {
 				return "", fmt.Errorf("%v exists in %v with another configuration; remove it or use a new attempt: %w", c, p, errdefs.ErrAlreadyExists)
 			}

@@ -314,3 +314,21 @@ func awaitFollow(t *testing.T, s *Pods, lost string) {
 	}
 	t.Fatal("the daemon did not compare itself with its keeper")
 }
+
+// A retry that comes before the new daemon has removed what the old one left
+// half made must not be answered with it.
+func TestHalfMadeIsNoAnswer(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
+	c := &Container{containerRecord: containerRecord{ID: newID(), PodID: p, Config: containerConfig{containerNamed("half")}}, created: make(chan struct{}), exited: make(chan struct{})}
+	close(c.created)
+	s.addContainer(c)
+	s.addPod(&Pod{podRecord: podRecord{ID: newID(), Keeper: "node", Config: podConfig{podNamed("half")}}})
+	if _, err := s.CreateContainer(t.Context(), p, containerNamed("half")); !errdefs.IsUnavailable(err) {
+		t.Errorf("container: %v", err)
+	}
+	if _, err := s.Run(t.Context(), podNamed("half"), ""); !errdefs.IsUnavailable(err) {
+		t.Errorf("pod: %v", err)
+	}
+}

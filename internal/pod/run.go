@@ -69,6 +69,8 @@ func (s *Pods) podLike(config *runtimeapi.PodSandboxConfig) *Pod {
 // rerun answers a Run for a pod that exists.
 func (s *Pods) rerun(p *Pod, config *runtimeapi.PodSandboxConfig, handler string) (string, error) {
 	switch st := p.Status(); {
+	case !p.visible():
+		return "", fmt.Errorf("%v was half made when the daemon died and is being removed; try again: %w", p, errdefs.ErrUnavailable)
 	case !proto.Equal(st.Config.PodSandboxConfig, config) || st.Handler != handler:
 		return "", fmt.Errorf("%v exists with another configuration; remove it or use a new attempt: %w", p, errdefs.ErrAlreadyExists)
 	case !st.Ready:
