@@ -23,6 +23,7 @@ type cgroups struct {
 
 	mu   sync.Mutex
 	held map[string]*handle // by cgroup
+	most int                // how many are held at most
 	idle *time.Timer        // runs while anything is held
 }
 
@@ -98,7 +99,7 @@ const maxUsageFile = 16 << 10
 
 func newCgroups(roots map[string]string) *cgroups {
 	return &cgroups{
-		roots: roots, held: make(map[string]*handle),
+		roots: roots, held: make(map[string]*handle), most: mayHold(),
 		buffers: sync.Pool{New: func() any { return new([maxUsageFile]byte) }},
 	}
 }
@@ -121,7 +122,10 @@ func (g *cgroups) usage(cgroup string) usage {
 	u.memoryPressure = pressure(read(fileMemoryPressure))
 	u.ioPressure = pressure(read(fileIOPressure))
 	u.at = time.Now()
-	if !u.hasCPU && !u.hasMemory {
+	switch {
+	case h.once:
+		h.close()
+	case !u.hasCPU && !u.hasMemory:
 		g.drop(cgroup, h)
 	}
 	return u

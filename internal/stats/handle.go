@@ -12,13 +12,27 @@ import (
 type handle struct {
 	used time.Time // guarded by cgroups.mu
 
-	mu  sync.Mutex
-	fds [usageFiles]int // -1 for a file that is not there
+	mu   sync.Mutex
+	fds  [usageFiles]int // -1 for a file that is not there
+	once bool            // to be closed after one reading
 }
 
 // holdTime is how long files are held that nobody reads. Kubelets read them every
 // ten seconds.
 const holdTime = 30 * time.Second
+
+// holdShare is which part of the files that the process may have open are held
+// at most. Those of cgroups beyond are opened for each reading.
+const holdShare = 4
+
+// mayHold returns of how many cgroups the files may be held.
+func mayHold() int {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 0
+	}
+	return int(min(limit.Cur, 1<<20)) / holdShare / usageFiles
+}
 
 // open returns the files of a cgroup, and remembers them if there are any.
 func (g *cgroups) open(cgroup string) *handle {
@@ -42,6 +56,7 @@ func (g *cgroups) open(cgroup string) *handle {
 		}
 	}
 	if !found {
+		h.once = true
 		return h
 	}
 	first := g.remembered(cgroup, h)
@@ -51,7 +66,8 @@ func (g *cgroups) open(cgroup string) *handle {
 	return first
 }
 
-// remembered returns what is held of a cgroup. If that is nothing, it holds h.
+// remembered returns what is held of a cgroup. If that is nothing, it holds h, or
+// marks it as not held.
 func (g *cgroups) remembered(cgroup string, h *handle) *handle {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -60,6 +76,10 @@ func (g *cgroups) remembered(cgroup string, h *handle) *handle {
 	}
 	if h == nil {
 		return nil
+	}
+	if g.held[cgroup] == nil && len(g.held) >= g.most {
+		h.once = true
+		return h
 	}
 	h.used = time.Now()
 	g.held[cgroup] = h

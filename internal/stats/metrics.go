@@ -26,7 +26,8 @@ func (m *metrics) add(name string, v uint64, labels ...string) {
 }
 
 // Metrics returns the metrics of a pod that is alive and of its containers that
-// are.
+// are. Those of the pod itself have no container's name; they include those of its
+// containers.
 func (c *Collector) Metrics(p Pod) *runtimeapi.PodSandboxMetrics {
 	pm := &runtimeapi.PodSandboxMetrics{PodSandboxId: p.ID}
 	if !p.Alive {
@@ -34,6 +35,7 @@ func (c *Collector) Metrics(p Pod) *runtimeapi.PodSandboxMetrics {
 	}
 	meta := p.Attributes.GetMetadata()
 	m := metrics{labels: []string{"", p.Cgroup, "", "", meta.GetNamespace(), meta.GetName()}}
+	m.addUsage(c.cgroups.usage(p.Cgroup))
 	for _, l := range c.podLinks(p) {
 		m.addLink(l)
 	}
