@@ -49,6 +49,7 @@ func (s *runtimeService) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSa
 	if r.GetVerbose() {
 		info, err := json.Marshal(map[string]any{
 			"netns": st.NetNS, "keeper": st.KeeperName, "handler": st.RuntimeName, "problem": st.Problem, "config": st.Config,
+			"overhead": st.Overhead, "resources": st.Resources,
 		})
 		if err != nil {
 			return nil, err
@@ -56,6 +57,11 @@ func (s *runtimeService) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSa
 		resp.Info = map[string]string{"info": string(info)}
 	}
 	return resp, nil
+}
+
+// UpdatePodSandboxResources notes what the kubelet has resized the pod to.
+func (s *runtimeService) UpdatePodSandboxResources(_ context.Context, r *runtimeapi.UpdatePodSandboxResourcesRequest) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
+	return &runtimeapi.UpdatePodSandboxResourcesResponse{}, s.cfg.Pods.UpdatePod(r.GetPodSandboxId(), r.GetOverhead(), r.GetResources())
 }
 
 // ListPodSandbox lists the pods that pass the filter.

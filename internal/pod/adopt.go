@@ -77,6 +77,7 @@ func (s *Pods) loadPod(id string) *Pod {
 		p.phase, p.problem = stopped, err.Error()
 		return p
 	}
+	s.loadResources(p)
 	var r readyRecord
 	if err := state.Read(filepath.Join(dir, "stopped"), readyKind, &r); !errors.Is(err, os.ErrNotExist) {
 		p.phase, p.ips = stopped, r.IPs

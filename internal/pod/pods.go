@@ -26,6 +26,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/flight"
 	"sampan.dev/sampan/internal/host"
@@ -132,12 +133,14 @@ type Pods struct {
 type Pod struct {
 	podRecord
 
-	mu       sync.Mutex
-	phase    phase
-	ips      []string
-	problem  string        // why a pod is not ready, if not because it was stopped
-	released bool          // everything Stop gives back has been given back
-	made     chan struct{} // closed when Run has succeeded or been undone
+	mu                  sync.Mutex
+	phase               phase
+	ips                 []string
+	problem             string                              // why a pod is not ready, if not because it was stopped
+	updating            sync.Mutex                          // held by updatePod, so that updates follow each other; taken before mu
+	overhead, resources *runtimeapi.LinuxContainerResources // as last updated
+	released            bool                                // everything Stop gives back has been given back
+	made                chan struct{}                       // closed when Run has succeeded or been undone
 
 	told EventKind // the last event that was announced; guarded by Pods.events
 }
@@ -154,16 +157,17 @@ const (
 
 // Status is a snapshot of a pod.
 type Status struct {
-	ID          string
-	Config      podConfig // read-only
-	Handler     string    // as asked for; may be empty
-	CreatedAt   time.Time
-	Ready       bool
-	IPs         []string // the primary one first; none on the host's network
-	NetNS       string   // where the network namespace is pinned; empty for the host's
-	Problem     string   // why the pod is not ready, if it was not stopped
-	KeeperName  string
-	RuntimeName string // the handler that "" stands for, resolved
+	ID                  string
+	Config              podConfig // read-only
+	Handler             string    // as asked for; may be empty
+	CreatedAt           time.Time
+	Ready               bool
+	IPs                 []string // the primary one first; none on the host's network
+	NetNS               string   // where the network namespace is pinned; empty for the host's
+	Problem             string   // why the pod is not ready, if it was not stopped
+	KeeperName          string
+	RuntimeName         string                              // the handler that "" stands for, resolved
+	Overhead, Resources *runtimeapi.LinuxContainerResources // as last updated
 }
 
 // Status returns what is known of the pod; it never waits.
@@ -173,7 +177,7 @@ func (p *Pod) Status() Status {
 	return Status{
 		ID: p.ID, Config: p.Config, Handler: p.Handler, CreatedAt: p.CreatedAt,
 		Ready: p.phase == ready, IPs: p.ips, NetNS: p.NetNS, Problem: p.problem,
-		KeeperName: p.Keeper, RuntimeName: p.Runtime,
+		KeeperName: p.Keeper, RuntimeName: p.Runtime, Overhead: p.overhead, Resources: p.resources,
 	}
 }
 

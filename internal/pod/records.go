@@ -48,16 +48,17 @@ func (p paths) make() error {
 	return os.MkdirAll(p.netns, 0o755)
 }
 
-// A pod's directory has its configuration, written once, and a fact: ready, which
-// is renamed to stopped. A container's has config, created, started, resources,
-// and exit, which the keeper writes.
+// A pod's directory has its configuration, written once, a fact: ready, which is
+// renamed to stopped, and resources if they were updated. A container's has
+// config, created, started, resources, and exit, which the keeper writes.
 var (
-	podKind       = state.Kind{Name: "pod-config", Version: 1}
-	readyKind     = state.Kind{Name: "pod-ready", Version: 1}
-	containerKind = state.Kind{Name: "container-config", Version: 1}
-	createdKind   = state.Kind{Name: "container-created", Version: 1}
-	startedKind   = state.Kind{Name: "container-started", Version: 1}
-	resourcesKind = state.Kind{Name: "container-resources", Version: 1}
+	podKind          = state.Kind{Name: "pod-config", Version: 1}
+	readyKind        = state.Kind{Name: "pod-ready", Version: 1}
+	podResourcesKind = state.Kind{Name: "pod-resources", Version: 1}
+	containerKind    = state.Kind{Name: "container-config", Version: 1}
+	createdKind      = state.Kind{Name: "container-created", Version: 1}
+	startedKind      = state.Kind{Name: "container-started", Version: 1}
+	resourcesKind    = state.Kind{Name: "container-resources", Version: 1}
 )
 
 type podRecord struct {
@@ -73,6 +74,11 @@ type podRecord struct {
 type readyRecord struct {
 	Boot string   `json:"boot"`
 	IPs  []string `json:"ips,omitempty"`
+}
+
+type podResourcesRecord struct {
+	Overhead  linuxResources `json:"overhead"`
+	Resources linuxResources `json:"resources"`
 }
 
 type containerRecord struct {
@@ -119,7 +125,7 @@ func (c *containerConfig) UnmarshalJSON(b []byte) error {
 	return protojson.Unmarshal(b, c.ContainerConfig)
 }
 
-// linuxResources is a container's limits as last updated.
+// linuxResources is limits as last updated.
 type linuxResources struct {
 	*runtimeapi.LinuxContainerResources
 }

@@ -86,7 +86,8 @@ func (s *Pods) run(ctx context.Context, config *runtimeapi.PodSandboxConfig, han
 			ID: id, CreatedAt: time.Now(), Handler: handler, Runtime: runtime, Keeper: s.cfg.KeeperFor(id),
 			Config: podConfig{config},
 		},
-		made: make(chan struct{}),
+		made:     make(chan struct{}),
+		overhead: config.GetLinux().GetOverhead(), resources: config.GetLinux().GetResources(),
 	}
 	defer close(p.made)
 	if spec.NamespacesOf(config).Network {

@@ -190,6 +190,12 @@ func testPod(t *testing.T, n node) {
 	if len(pods) != 1 || len(containers) != 1 || pods[0].Annotations["long"] != config.Annotations["long"] {
 		t.Errorf("lists: %d pods, %d containers", len(pods), len(containers))
 	}
+	get[*runtimeapi.UpdatePodSandboxResourcesResponse](t)(n.runtime.UpdatePodSandboxResources(ctx, &runtimeapi.UpdatePodSandboxResourcesRequest{
+		PodSandboxId: pod, Resources: &runtimeapi.LinuxContainerResources{CpuShares: 700},
+	}))
+	if st := get[*runtimeapi.PodSandboxStatusResponse](t)(n.runtime.PodSandboxStatus(ctx, pod, true)); !strings.Contains(st.Info["info"], `"cpu_shares":700`) {
+		t.Errorf("the pod's resources are not in %s", st.Info["info"])
+	}
 	resources := &runtimeapi.ContainerResources{Linux: &runtimeapi.LinuxContainerResources{CpuShares: 600}}
 	must(t, n.runtime.UpdateContainerResources(ctx, container, resources))
 	cs := get[*runtimeapi.ContainerStatusResponse](t)(n.runtime.ContainerStatus(ctx, container, true))
