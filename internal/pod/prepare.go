@@ -90,6 +90,9 @@ func (s *Pods) specInput(p *Pod, c *Container, image Image) (spec.Input, error) 
 			return in, fmt.Errorf("image: /%s: %w", file, err)
 		}
 	}
+	if len(c.Config.GetCDIDevices()) > 0 {
+		return in, fmt.Errorf("CDI_devices: they are not supported yet: %w", errdefs.ErrNotImplemented)
+	}
 	if in.Namespaces, err = s.specNamespaces(p, c.Config.ContainerConfig); err != nil {
 		return in, err
 	}

@@ -72,7 +72,7 @@ func TestNode(t *testing.T) {
 			t.Errorf("condition %v", c)
 		}
 	}
-	if len(st.RuntimeHandlers) == 0 || st.Features == nil || len(st.Info) == 0 {
+	if len(st.RuntimeHandlers) == 0 || !st.Features.GetMountOptions() || len(st.Info) == 0 {
 		t.Errorf("status: %v", st)
 	}
 	config := get[*runtimeapi.RuntimeConfigResponse](t)(n.runtime.RuntimeConfig(ctx))
@@ -175,6 +175,7 @@ func testPod(t *testing.T, n node) {
 	container := get[string](t)(n.runtime.CreateContainer(ctx, pod, &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: "c"}, Image: &runtimeapi.ImageSpec{Image: image, UserSpecifiedImage: spec.Image},
 		Command: []string{"sh", "-c", "echo hello; exec sleep 1000"}, LogPath: "c.log", Labels: map[string]string{"app": "p"},
+		Mounts: []*runtimeapi.Mount{{HostPath: config.LogDirectory, ContainerPath: "/m", MountOptions: []string{"noexec"}}},
 		Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: namespaces}},
 	}, config))
 	expect(created, container, runtimeapi.ContainerState_CONTAINER_CREATED)
@@ -205,6 +206,10 @@ func testPod(t *testing.T, n node) {
 	stdout, stderr, err := n.runtime.ExecSync(ctx, container, []string{"sh", "-c", "echo out; echo err >&2"}, 10*time.Second)
 	if string(stdout) != "out\n" || string(stderr) != "err\n" || err != nil {
 		t.Errorf("exec: %q %q %v", stdout, stderr, err)
+	}
+	stdout, _, err = n.runtime.ExecSync(ctx, container, []string{"grep", " /m ", "/proc/mounts"}, 10*time.Second)
+	if !strings.Contains(string(stdout), "noexec") || err != nil {
+		t.Errorf("mount: %q %v", stdout, err)
 	}
 	_, _, err = n.runtime.ExecSync(ctx, container, []string{"sh", "-c", "exit 3"}, 10*time.Second)
 	if exit, ok := err.(interface{ ExitStatus() int }); !ok || exit.ExitStatus() != 3 {
