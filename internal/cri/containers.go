@@ -1,15 +1,18 @@
 package cri
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/keeper"
@@ -164,7 +167,7 @@ func containerStatus(p pod.Status, st pod.ContainerStatus) *runtimeapi.Container
 	c := &runtimeapi.ContainerStatus{
 		Id: st.ID, Metadata: st.Config.GetMetadata(), State: containerStates[st.State],
 		CreatedAt: st.CreatedAt.UnixNano(), Image: imageSpec(st), ImageRef: imageRef(st), ImageId: st.ImageID,
-		Labels: st.Config.GetLabels(), Annotations: st.Config.GetAnnotations(), Mounts: st.Config.GetMounts(),
+		Labels: st.Config.GetLabels(), Annotations: st.Config.GetAnnotations(), Mounts: mounts(st),
 		StopSignal: spec.SignalOf(st.StopSignal), User: st.User,
 	}
 	if dir, name := p.Config.GetLogDirectory(), st.Config.GetLogPath(); dir != "" && name != "" {
@@ -181,6 +184,20 @@ func containerStatus(p pod.Status, st pod.ContainerStatus) *runtimeapi.Container
 		c.Reason, c.Message = exitReason(st.Exit), st.Exit.Message
 	}
 	return c
+}
+
+// mounts are those the client asked for; of image volumes it learns what they are.
+func mounts(st pod.ContainerStatus) []*runtimeapi.Mount {
+	all := st.Config.GetMounts()
+	if len(st.MountImages) == 0 {
+		return all
+	}
+	all = slices.Clone(all)
+	for i, image := range st.MountImages {
+		all[i] = proto.CloneOf(all[i])
+		all[i].Image.ImageRef = cmp.Or(image.Digest, image.ID)
+	}
+	return all
 }
 
 // imageSpec names the image as the user did.

@@ -150,8 +150,10 @@ func (s *Pods) Adopt(ctx context.Context) {
 		})
 	}
 	for _, c := range s.loadedContainers() {
-		if _, err := s.cfg.Images.Acquire(c.ImageID, c.ID); err != nil {
-			s.log.Warn("image of a container is gone", "container", c.ID, "image", c.ImageID, "err", err)
+		for _, image := range c.images() {
+			if _, err := s.cfg.Images.Acquire(image, c.ID); err != nil {
+				s.log.Warn("image of a container is gone", "container", c.ID, "image", image, "err", err)
+			}
 		}
 	}
 	s.cfg.Images.RetainOnly(s.knowsContainer)

@@ -56,7 +56,8 @@ type ContainerStatus struct {
 	ID, PodID   string
 	Config      containerConfig // read-only
 	ImageID     string
-	ImageDigest string // name@digest, may be empty
+	ImageDigest string             // name@digest, may be empty
+	MountImages map[int]MountImage // by the index of the mount; read-only
 	CreatedAt   time.Time
 	StartedAt   time.Time // zero if it never started
 	State       State
@@ -74,7 +75,7 @@ func (c *Container) Status() ContainerStatus {
 	defer c.mu.Unlock()
 	st := ContainerStatus{
 		ID: c.ID, PodID: c.PodID, Config: c.Config, ImageID: c.ImageID, ImageDigest: c.ImageDigest,
-		CreatedAt: c.CreatedAt, StartedAt: c.startedAt, State: c.state, Process: c.process,
+		MountImages: c.MountImages, CreatedAt: c.CreatedAt, StartedAt: c.startedAt, State: c.state, Process: c.process,
 		Resources: c.resources, StopSignal: unix.Signal(c.StopSignal),
 	}
 	if c.exit != nil {
@@ -170,6 +171,10 @@ func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.C
 	if err != nil {
 		return "", fmt.Errorf("create container %s: image: %w", config.GetMetadata().GetName(), err)
 	}
+	mounted, err := s.imagesToMount(config)
+	if err != nil {
+		return "", fmt.Errorf("create container %s: %w", config.GetMetadata().GetName(), err)
+	}
 	signal, err := spec.StopSignal(config, image.Config)
 	if err != nil {
 		return "", err
@@ -179,7 +184,7 @@ func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.C
 	c := &Container{
 		containerRecord: containerRecord{
 			ID: newID(), PodID: p.ID, CreatedAt: time.Now(), ImageID: image.ID, StopSignal: int(signal),
-			Config: containerConfig{config},
+			MountImages: mounted, Config: containerConfig{config},
 		},
 		created: make(chan struct{}), exited: make(chan struct{}),
 		resources: config.GetLinux().GetResources(), abandon: abandon,
@@ -570,6 +575,9 @@ func (s *Pods) deleteFromKeeper(ctx context.Context, p *Pod, id string) error {
 // undoFiles removes what is left of a container no keeper knows any more.
 func (s *Pods) undoFiles(id string) error {
 	if err := s.cfg.Layers.Unmount(s.paths.rootfs(id)); err != nil {
+		return err
+	}
+	if err := s.unmountImages(id); err != nil {
 		return err
 	}
 	if err := s.removeStateDir(s.paths.containerState(id)); err != nil {

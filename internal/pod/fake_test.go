@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -39,7 +40,7 @@ func newLab(t *testing.T) *lab {
 		t: t, dir: t.TempDir(),
 		keeper:  &fakeKeeper{containers: make(map[string]*fakeContainer)},
 		network: &fakeNetwork{attached: make(map[string]bool)},
-		images:  &fakeImages{holders: make(map[string]string)},
+		images:  &fakeImages{holders: make(map[string][]string)},
 		layers:  &fakeLayers{mounted: make(map[string]bool)},
 	}
 }
@@ -108,12 +109,15 @@ func containerNamed(name string) *runtimeapi.ContainerConfig {
 
 type fakeImages struct {
 	mu      sync.Mutex
-	holders map[string]string
+	holders map[string][]string
 }
 
 func (f *fakeImages) Get(ref string) (Image, error) {
 	if ref == "absent" {
 		return Image{}, fmt.Errorf("image %q: %w", ref, errdefs.ErrNotFound)
+	}
+	if strings.TrimPrefix(ref, "sha256:") == "data" {
+		return Image{ID: "sha256:data", RepoDigests: []string{"busybox@sha256:2"}}, nil
 	}
 	return Image{ID: "sha256:1", RepoDigests: []string{"busybox@sha256:2"}}, nil
 }
@@ -121,7 +125,7 @@ func (f *fakeImages) Get(ref string) (Image, error) {
 func (f *fakeImages) Acquire(id, holder string) (Image, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.holders[holder] = id
+	f.holders[holder] = append(f.holders[holder], id)
 	return f.Get(id)
 }
 

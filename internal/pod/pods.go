@@ -48,7 +48,8 @@ type Images interface {
 	// Get returns the image a reference or id names; ErrNotFound if none.
 	Get(ref string) (Image, error)
 	// Acquire keeps the image with this id for the holder until Release, also
-	// if it is removed meanwhile. A holder acquires one image, any number of times.
+	// if it is removed meanwhile. A holder may acquire several images, and each
+	// any number of times; Release lets go of all.
 	Acquire(id, holder string) (Image, error)
 	Release(holder string)
 	// RetainOnly releases every holder that is not live.

@@ -47,7 +47,11 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	}); err != nil {
 		return nil, err
 	}
-	in, err := s.specInput(p, c, image)
+	images, err := s.mountImages(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	in, err := s.specInput(p, c, image, images)
 	if err != nil {
 		return nil, err
 	}
@@ -76,8 +80,9 @@ func makeLogDir(path string) error {
 	return os.MkdirAll(filepath.Dir(path), 0o755)
 }
 
-// specInput reads everything the spec depends on.
-func (s *Pods) specInput(p *Pod, c *Container, image Image) (spec.Input, error) {
+// specInput reads everything the spec depends on. Images has the source of each
+// mount that is of an image.
+func (s *Pods) specInput(p *Pod, c *Container, image Image, images []string) (spec.Input, error) {
 	rootfs := s.paths.rootfs(c.ID)
 	in := spec.Input{
 		PodID: p.ID, ContainerID: c.ID, Pod: p.Config.PodSandboxConfig, Container: c.Config.ContainerConfig,
@@ -96,7 +101,7 @@ func (s *Pods) specInput(p *Pod, c *Container, image Image) (spec.Input, error) 
 	if in.Namespaces, err = s.specNamespaces(p, c.Config.ContainerConfig); err != nil {
 		return in, err
 	}
-	if in.Sources, err = mountSources(p.Config.GetMetadata().GetUid(), c.Config.GetMounts()); err != nil {
+	if in.Sources, err = mountSources(p.Config.GetMetadata().GetUid(), c.Config.GetMounts(), images); err != nil {
 		return in, err
 	}
 	if in.Volumes, err = s.imageVolumes(c, image, rootfs); err != nil {
@@ -167,12 +172,13 @@ func (s *Pods) specNamespaces(p *Pod, config *runtimeapi.ContainerConfig) (spec.
 // without a type, and cannot say which mounts these are. So it is made, unless
 // it is a volume the kubelet itself has set up for the pod: if that is gone, an
 // empty directory would pass for the data.
-func mountSources(podUID string, mounts []*runtimeapi.Mount) ([]spec.Source, error) {
+func mountSources(podUID string, mounts []*runtimeapi.Mount, images []string) ([]spec.Source, error) {
 	sources := make([]spec.Source, len(mounts))
 	for i, m := range mounts {
 		field := fmt.Sprintf("mounts[%d].host_path", i)
 		if m.GetImage().GetImage() != "" {
-			return nil, fmt.Errorf("mounts[%d].image: image volumes are not supported yet: %w", i, errdefs.ErrNotImplemented)
+			sources[i].Path = images[i]
+			continue
 		}
 		path, err := mountSource(podUID, m.GetHostPath())
 		if err != nil {

@@ -29,6 +29,7 @@ func (p paths) podState(id string) string       { return filepath.Join(p.state, 
 func (p paths) containerState(id string) string { return filepath.Join(p.state, "containers", id) }
 func (p paths) bundle(id string) string         { return filepath.Join(p.containerState(id), "bundle") }
 func (p paths) rootfs(id string) string         { return filepath.Join(p.bundle(id), "rootfs") }
+func (p paths) images(id string) string         { return filepath.Join(p.containerState(id), "images") }
 func (p paths) exit(id string) string           { return filepath.Join(p.container(id), "exit") }
 
 // netNS is where a pod's network namespace is pinned, in the place where CNI
@@ -82,13 +83,15 @@ type podResourcesRecord struct {
 }
 
 type containerRecord struct {
-	ID          string          `json:"id"`
-	PodID       string          `json:"podId"`
-	CreatedAt   time.Time       `json:"createdAt"`
-	ImageID     string          `json:"imageId"`
-	ImageDigest string          `json:"imageDigest,omitempty"` // name@digest
-	StopSignal  int             `json:"stopSignal"`
-	Config      containerConfig `json:"config"`
+	ID          string    `json:"id"`
+	PodID       string    `json:"podId"`
+	CreatedAt   time.Time `json:"createdAt"`
+	ImageID     string    `json:"imageId"`
+	ImageDigest string    `json:"imageDigest,omitempty"` // name@digest
+	// MountImages are the images of image volumes, by the index of the mount.
+	MountImages map[int]MountImage `json:"mountImages,omitempty"`
+	StopSignal  int                `json:"stopSignal"`
+	Config      containerConfig    `json:"config"`
 }
 
 type createdRecord struct {

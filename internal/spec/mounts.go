@@ -138,11 +138,17 @@ func ownMount(in Input, i int, m *runtimeapi.Mount) (specs.Mount, error) {
 	case m.GetReadonly() || m.GetImage() != nil:
 		access = "ro"
 	}
+	options := []string{"rbind", propagation, access}
+	if m.GetImage() != nil {
+		// Kubernetes promises noexec; what is mounted is data, from anywhere. The
+		// container's own options come later and can say exec.
+		options = append(options, "nosuid", "nodev", "noexec")
+	}
 	return specs.Mount{
 		Destination: m.GetContainerPath(),
 		Type:        "bind",
 		Source:      source.Path,
-		Options:     append([]string{"rbind", propagation, access}, m.GetMountOptions()...),
+		Options:     append(options, m.GetMountOptions()...),
 		UIDMappings: idMappings(m.GetUidMappings()),
 		GIDMappings: idMappings(m.GetGidMappings()),
 	}, nil

@@ -48,11 +48,16 @@ func TestMountOptions(t *testing.T) {
 		{name: "shared", mount: &runtimeapi.Mount{Propagation: shared}, from: Source{Shared: true}, want: []string{"rbind", "rshared", "rw"}, root: "rshared"},
 		{name: "shared of slave", mount: &runtimeapi.Mount{Propagation: shared}, from: Source{Slave: true}, err: "/real is not on a shared mount"},
 		{name: "private of shared", mount: &runtimeapi.Mount{Propagation: private}, from: Source{Shared: true}, want: []string{"rbind", "rprivate", "rw"}},
+		{name: "image", mount: &runtimeapi.Mount{Image: &runtimeapi.ImageSpec{Image: "i"}}, want: []string{"rbind", "rprivate", "ro", "nosuid", "nodev", "noexec"}},
+		{name: "image of programs", mount: &runtimeapi.Mount{Image: &runtimeapi.ImageSpec{Image: "i"}, MountOptions: []string{"exec"}}, want: []string{"rbind", "rprivate", "ro", "nosuid", "nodev", "noexec", "exec"}},
 		{name: "options", mount: &runtimeapi.Mount{MountOptions: []string{"noexec", "nodev"}}, want: []string{"rbind", "rprivate", "rw", "noexec", "nodev"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			in := testInput()
-			tt.mount.ContainerPath, tt.mount.HostPath = "/mnt", "/link"
+			tt.mount.ContainerPath = "/mnt"
+			if tt.mount.Image == nil {
+				tt.mount.HostPath = "/link"
+			}
 			tt.from.Path = "/real"
 			in.Container.Mounts, in.Sources = []*runtimeapi.Mount{tt.mount}, []Source{tt.from}
 			in.Host.RecursiveReadOnly = !tt.old
