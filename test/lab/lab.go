@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -109,7 +110,14 @@ func enter() (int, error) {
 	}
 	runtime.LockOSThread() // Pdeathsig comes when the forking thread ends
 	defer runtime.UnlockOSThread()
-	code, err := exitCode(cmd.Run())
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	// Interrupted, the lab ends, but what it has on disk is removed all the same.
+	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(interrupted, func() { cmd.Process.Kill() }) //nolint:errcheck // it may have ended
+	code, err := exitCode(cmd.Wait())
 	return code, errors.Join(err, removeCgroups(filepath.Base(dir)))
 }
 
