@@ -222,7 +222,7 @@ func TestTerminal(t *testing.T) {
 func TestOOM(t *testing.T) {
 	const hog = "x=0123456789abcdef; while :; do x=$x$x; done"
 	limit := func(s *specs.Spec) {
-		bytes := int64(16 << 20)
+		bytes := int64(64 << 20) // the race detector wants much of it before the program starts
 		s.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &bytes, Swap: &bytes}
 	}
 	eachHandler(t, func(t *testing.T, l *lab) {

@@ -108,14 +108,14 @@ func TestPatience(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 
-		p = New(1, Patience{Most: time.Second})
+		q := New(1, Patience{Most: time.Second})
 		for range 100 { // a tenth of the time
-			p.Write([]byte("x"))
-			time.AfterFunc(100*time.Millisecond, func() { p.Read(make([]byte, 1)) })
-			if _, err := p.Write([]byte("x")); err != nil {
+			q.Write([]byte("x"))
+			time.AfterFunc(100*time.Millisecond, func() { q.Read(make([]byte, 1)) })
+			if _, err := q.Write([]byte("x")); err != nil {
 				t.Fatal(err)
 			}
-			p.Read(make([]byte, 1))
+			q.Read(make([]byte, 1))
 			time.Sleep(time.Second)
 		}
 	})
