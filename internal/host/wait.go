@@ -85,7 +85,6 @@ func Reap(c Children) error {
 	}
 }
 
-
 // File returns the handle's file, which stays the handle's. Whoever holds a
 // duplicate of it can make a handle of it with PidfdOf, also when the process is
 // gone by then.

@@ -4,6 +4,7 @@ package kubelet
 
 import (
 	"context"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -176,7 +177,7 @@ func testPod(t *testing.T, n node) {
 		Metadata: &runtimeapi.ContainerMetadata{Name: "c"}, Image: &runtimeapi.ImageSpec{Image: image, UserSpecifiedImage: spec.Image},
 		Command: []string{"sh", "-c", "echo hello; exec sleep 1000"}, LogPath: "c.log", Labels: map[string]string{"app": "p"},
 		Mounts: []*runtimeapi.Mount{{HostPath: config.LogDirectory, ContainerPath: "/m", MountOptions: []string{"noexec"}}},
-		Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: namespaces}},
+		Linux:  &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: namespaces}},
 	}, config))
 	expect(created, container, runtimeapi.ContainerState_CONTAINER_CREATED)
 	must(t, n.runtime.StartContainer(ctx, container))
@@ -219,6 +220,8 @@ func testPod(t *testing.T, n node) {
 		t.Errorf("timeout: %v", err)
 	}
 	must(t, n.runtime.ReopenContainerLog(ctx, container))
+	testStreams(t, n, pod, container)
+	testStats(t, n, pod, container)
 
 	for range 2 {
 		must(t, n.runtime.StopContainer(ctx, container, 0))
@@ -241,4 +244,46 @@ func testPod(t *testing.T, n node) {
 		t.Errorf("status of a removed container: %v", err)
 	}
 	must(t, n.images.RemoveImage(ctx, spec))
+}
+
+// testStreams asks for the URLs at which a client would go on.
+func testStreams(t *testing.T, n node, pod, container string) {
+	t.Helper()
+	ctx := t.Context()
+	exec := get[*runtimeapi.ExecResponse](t)(n.runtime.Exec(ctx, &runtimeapi.ExecRequest{ContainerId: container, Cmd: []string{"true"}, Stdout: true}))
+	attach := get[*runtimeapi.AttachResponse](t)(n.runtime.Attach(ctx, &runtimeapi.AttachRequest{ContainerId: container, Stdout: true}))
+	forward := get[*runtimeapi.PortForwardResponse](t)(n.runtime.PortForward(ctx, &runtimeapi.PortForwardRequest{PodSandboxId: pod, Port: []int32{80}}))
+	for _, text := range []string{exec.Url, attach.Url, forward.Url} {
+		if u, err := url.Parse(text); err != nil || u.Host == "" {
+			t.Errorf("url %q: %v", text, err)
+		}
+	}
+}
+
+func testStats(t *testing.T, n node, pod, container string) {
+	t.Helper()
+	ctx := t.Context()
+	one := get[*runtimeapi.ContainerStats](t)(n.runtime.ContainerStats(ctx, container))
+	all := get[[]*runtimeapi.ContainerStats](t)(n.runtime.ListContainerStats(ctx, &runtimeapi.ContainerStatsFilter{PodSandboxId: pod}))
+	if one.GetMemory().GetUsageBytes().GetValue() == 0 || len(all) != 1 || all[0].GetAttributes().GetId() != container {
+		t.Errorf("container's figures: %v; list: %v", one, all)
+	}
+	podOne := get[*runtimeapi.PodSandboxStats](t)(n.runtime.PodSandboxStats(ctx, pod))
+	podAll := get[[]*runtimeapi.PodSandboxStats](t)(n.runtime.ListPodSandboxStats(ctx, &runtimeapi.PodSandboxStatsFilter{Id: pod}))
+	if podOne.GetLinux().GetNetwork() == nil || len(podAll) != 1 || len(podAll[0].GetLinux().GetContainers()) != 1 {
+		t.Errorf("pod's figures: %v; list: %v", podOne, podAll)
+	}
+	known := make(map[string]int)
+	for _, d := range get[[]*runtimeapi.MetricDescriptor](t)(n.runtime.ListMetricDescriptors(ctx)) {
+		known[d.Name] = len(d.LabelKeys)
+	}
+	metrics := get[[]*runtimeapi.PodSandboxMetrics](t)(n.runtime.ListPodSandboxMetrics(ctx))
+	if len(metrics) != 1 || len(metrics[0].ContainerMetrics) != 1 || len(metrics[0].ContainerMetrics[0].Metrics) == 0 {
+		t.Fatalf("metrics: %v", metrics)
+	}
+	for _, m := range metrics[0].ContainerMetrics[0].Metrics {
+		if labels, ok := known[m.Name]; !ok || labels != len(m.LabelValues) {
+			t.Errorf("metric %v does not fit its descriptor", m)
+		}
+	}
 }
