@@ -61,7 +61,7 @@ test:
 unit:
 	go test -race -tags seccomp -timeout 10m $(PACKAGES)
 suites:
-	SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -p 1 -timeout 30m $(SUITES)
+	SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -p 1 -timeout 30m -v $(SUITES)
 conformance:
 	@scripts/install-deps test
 	$(MAKE) build
