@@ -232,5 +232,10 @@ func (s *Server) session(op, kind, id string) session {
 // end says how the session went, and sees to it that its connection ends.
 func (x *session) end(r *http.Request) {
 	hurry(r.Context())
-	x.log.Info("session ended", "dur", time.Since(x.start).Round(time.Millisecond), "err", x.err)
+	log := x.log.With("dur", time.Since(x.start).Round(time.Millisecond))
+	if x.err != nil {
+		log.Info("session failed", "err", x.err)
+		return
+	}
+	log.Debug("session ended")
 }

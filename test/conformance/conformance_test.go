@@ -34,7 +34,12 @@ var groups = []string{
 }
 
 func TestBuiltin(t *testing.T) {
-	run(t, "", lab.Options{})
+	run(t, "", groups, lab.Options{})
+}
+
+// TestWebSocket runs the specs of streams over the other transport.
+func TestWebSocket(t *testing.T) {
+	run(t, "", []string{`Streaming`}, lab.Options{}, "-websocket-exec", "-websocket-attach", "-websocket-portforward")
 }
 
 func TestRunc(t *testing.T) {
@@ -42,17 +47,17 @@ func TestRunc(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: install runc", err)
 	}
-	run(t, "runc", lab.Options{Config: fmt.Sprintf("[handlers.runc]\npath = %q\n", runc)})
+	run(t, "runc", groups, lab.Options{Config: fmt.Sprintf("[handlers.runc]\npath = %q\n", runc)})
 }
 
 // nodes is how many critest processes work side by side: their specs mostly sleep.
 const nodes = 4
 
-// run runs critest with a handler. Each spec is a subtest. A required spec that
+// run runs groups of critest's specs with a handler. Each spec is a subtest. A required spec that
 // is skipped is a failure: all that they need is there, or critest's own probe is
 // wrong. With SAMPAN_CONFORMANCE=all, every spec of critest runs, and one that
 // critest skips is skipped.
-func run(t *testing.T, handler string, o lab.Options) {
+func run(t *testing.T, handler string, groups []string, o lab.Options, flags ...string) {
 	l := lab.New(t, o)
 	everything := os.Getenv("SAMPAN_CONFORMANCE") == "all"
 	focus := "(" + strings.Join(groups, "|") + ")"
@@ -73,6 +78,7 @@ func run(t *testing.T, handler string, o lab.Options) {
 	}
 	args = append(args, critest, "--",
 		"-runtime-endpoint=unix://"+l.Socket, "-image-endpoint=unix://"+l.Socket, "-runtime-handler="+handler, "-config="+filepath.Join(l.Dir, "none.yaml"))
+	args = append(args, flags...)
 	cmd := exec.Command(ginkgo, args...)
 	cmd.Env, cmd.Dir = l.Env(), l.Dir
 	output, runErr := cmd.CombinedOutput() // the report tells what failed

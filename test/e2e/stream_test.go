@@ -384,3 +384,53 @@ func TestPortForward(t *testing.T) {
 	l.RemovePod(t, own)
 	l.RemovePod(t, onHost)
 }
+
+// TestStreamsLeaveNothing ends sessions in every way there is, many times.
+func TestStreamsLeaveNothing(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	pod, id := streamPod(t, l, "box", "busybox", func(c *runtimeapi.ContainerConfig) { c.Stdin = true },
+		"sh", "-c", "httpd -p 80 -h /etc; while read x; do echo $x; done")
+	sessions := func() {
+		for _, transport := range transports {
+			inTerm := func(command ...string) *process {
+				cmd, err := l.CrictlCommand(append([]string{"exec", "-it", "-r", transport, id}, command...)...)
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, p := inTerminal(t, cmd, 80, 24)
+				return p
+			}
+			for _, p := range []*process{startCrictl(t, l, "exec", "-r", transport, id, "true"), inTerm("true")} {
+				if err := p.ends(); err != nil {
+					t.Errorf("%v: %v, %q", p.cmd.Args, err, p.text())
+				}
+			}
+			started := []*process{
+				startCrictl(t, l, "exec", "-i", "-r", transport, id, "sleep", "1000"),
+				inTerm("sleep", "1000"),
+				startCrictl(t, l, "attach", "-i", "-r", transport, id),
+				startCrictl(t, l, "port-forward", "-r", transport, pod, "18300:80"),
+			}
+			started[3].sees("Forwarding from")
+			if page := get(t, "http://127.0.0.1:18300/hostname"); !strings.Contains(page, "box") {
+				t.Errorf("forwarded page: %q", page)
+			}
+			time.Sleep(200 * time.Millisecond)
+			for _, p := range started {
+				p.cmd.Process.Kill()
+				p.ends()
+			}
+		}
+	}
+	sessions()
+	time.Sleep(12 * time.Second) // the longest that a connection stays
+	checkGrowth(t, l, "sessions of all kinds", func() {
+		for range 5 {
+			sessions()
+		}
+	})
+	if out := string(l.ExecSync(t, id, "ps").GetStdout()); strings.Contains(out, "sleep 1000") {
+		t.Errorf("processes are left:\n%s", out)
+	}
+	l.RemovePod(t, pod)
+}
