@@ -402,7 +402,7 @@ func TestStreamsLeaveNothing(t *testing.T) {
 			}
 			for _, p := range []*process{startCrictl(t, l, "exec", "-r", transport, id, "true"), inTerm("true")} {
 				if err := p.ends(); err != nil {
-					t.Errorf("%v: %v, %q", p.cmd.Args, err, p.text())
+					t.Errorf("%v: %v, %q, %q", p.cmd.Args, err, p.text(), p.err.String())
 				}
 			}
 			started := []*process{

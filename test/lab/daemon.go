@@ -258,8 +258,11 @@ func (l *Lab) CrictlCommand(args ...string) (*exec.Cmd, error) {
 	}
 	config := filepath.Join(l.Dir, "crictl.yaml")
 	text := fmt.Sprintf("runtime-endpoint: unix://%s\nimage-endpoint: unix://%s\ntimeout: 60\n", l.Socket, l.Socket)
-	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
-		return nil, err
+	// Others may be reading it.
+	if now, err := os.ReadFile(config); err != nil || string(now) != text {
+		if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+			return nil, err
+		}
 	}
 	cmd := exec.Command(path, append([]string{"--config", config}, args...)...)
 	cmd.Env = append(l.env, "TMPDIR="+l.Tmp(), "HOME="+l.Dir)
