@@ -251,7 +251,7 @@ func openPods(cfg config.Config, images *image.Store, facts host.Facts, log *slo
 		Keeper: keeperDialer(cfg, keeperPath, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
 		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath,
 		KeeperHolds: func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
-		Facts:       facts, SystemdCgroup: systemdCgroup(cfg), Logger: log,
+		Facts:       facts, SystemdCgroup: systemdCgroup(cfg), CDIDirs: []string{"/etc/cdi", "/var/run/cdi"}, Logger: log,
 	})
 	if err != nil {
 		return nil, nil, err

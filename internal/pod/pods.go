@@ -102,6 +102,7 @@ type Config struct {
 	Init           string                    // the program that is PID 1 of a shared PID namespace
 	Facts          host.Facts
 	SystemdCgroup  bool
+	CDIDirs        []string // where CDI specs are; later ones win
 	Logger         *slog.Logger
 }
 

@@ -59,6 +59,9 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	if err != nil {
 		return nil, err
 	}
+	if err := injectDevices(oci, s.cfg.CDIDirs, c.Config.ContainerConfig); err != nil {
+		return nil, err
+	}
 	if err := makeLogDir(logPath(p, c)); err != nil {
 		return nil, err
 	}
@@ -94,9 +97,6 @@ func (s *Pods) specInput(p *Pod, c *Container, image Image, images []string) (sp
 		if *content, err = readInRoot(rootfs, file); err != nil {
 			return in, fmt.Errorf("image: /%s: %w", file, err)
 		}
-	}
-	if len(c.Config.GetCDIDevices()) > 0 {
-		return in, fmt.Errorf("CDI_devices: they are not supported yet: %w", errdefs.ErrNotImplemented)
 	}
 	if in.Namespaces, err = s.specNamespaces(p, c.Config.ContainerConfig); err != nil {
 		return in, err
