@@ -462,29 +462,57 @@ func (s *Pods) UpdateContainer(ctx context.Context, id string, update *runtimeap
 	if err != nil {
 		return err
 	}
+	// One at a time: each builds on what the one before has set.
+	unlock, err := s.updates.Lock(ctx, c.ID)
+	if err != nil {
+		return fmt.Errorf("update %v: another update is under way: %w", c, err)
+	}
+	defer unlock()
+	if err := s.updateContainer(ctx, c, update); err != nil {
+		return fmt.Errorf("update %v: %w", c, err)
+	}
+	return nil
+}
+
+func (s *Pods) updateContainer(ctx context.Context, c *Container, update *runtimeapi.LinuxContainerResources) error {
 	c.mu.Lock()
-	merged, st := spec.MergeResources(c.resources, update), c.state
+	old, st := c.resources, c.state
 	c.mu.Unlock()
 	if st != Created && st != Running {
-		return fmt.Errorf("update %v: it is %v: %w", c, st, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("it is %v: %w", st, errdefs.ErrFailedPrecondition)
 	}
+	merged := spec.MergeResources(old, update)
 	limits, err := spec.Resources(merged, s.cfg.Facts)
 	if err != nil {
-		return fmt.Errorf("update %v: %w", c, err)
+		return err
 	}
 	k, err := s.keeperOf(ctx, c)
 	if err != nil {
 		return err
 	}
 	if err := k.Update(ctx, c.ID, limits); err != nil {
-		return fmt.Errorf("update %v: %w", c, err)
+		return err
 	}
 	if err := state.Write(filepath.Join(s.paths.container(c.ID), "resources"), resourcesKind, linuxResources{merged}, state.Volatile); err != nil {
-		return err
+		return errors.Join(err, s.restoreLimits(ctx, k, c, old))
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.resources = merged
+	return nil
+}
+
+// restoreLimits undoes an update that could not be recorded.
+func (s *Pods) restoreLimits(ctx context.Context, k Keeper, c *Container, old *runtimeapi.LinuxContainerResources) error {
+	limits, err := spec.Resources(old, s.cfg.Facts)
+	if err != nil {
+		return err
+	}
+	undo, cancel := undoContext(ctx)
+	defer cancel()
+	if err := k.Update(undo, c.ID, limits); err != nil {
+		return fmt.Errorf("put the limits back: %w", err)
+	}
 	return nil
 }
 

@@ -187,6 +187,7 @@ type fakeKeeper struct {
 	failCreate error
 	deaf       bool // SIGTERM does nothing
 	creates    int
+	limits     []int64 // of memory, as updated
 }
 
 type fakeContainer struct {
@@ -267,9 +268,15 @@ func (f *fakeKeeper) Watch(ctx context.Context, onConnect func([]keeper.Containe
 	return ctx.Err()
 }
 
-func (f *fakeKeeper) Update(context.Context, string, *specs.LinuxResources) error { return nil }
-func (f *fakeKeeper) ReopenLog(context.Context, string) error                     { return nil }
-func (f *fakeKeeper) Close() error                                                { return nil }
+func (f *fakeKeeper) Update(_ context.Context, _ string, r *specs.LinuxResources) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.limits = append(f.limits, *r.Memory.Limit)
+	return nil
+}
+
+func (f *fakeKeeper) ReopenLog(context.Context, string) error { return nil }
+func (f *fakeKeeper) Close() error                            { return nil }
 func (f *fakeKeeper) Exec(context.Context, keeper.ExecRequest) (keeper.ExecResult, error) {
 	return keeper.ExecResult{}, nil
 }

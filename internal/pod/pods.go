@@ -122,6 +122,7 @@ type Pods struct {
 	log     *slog.Logger
 	keepers keepers
 	ops     flight.Group[string, string] // mutations under way, by what they do
+	updates network.Locks                // of containers' limits, by their id
 	work    sync.WaitGroup               // in the background
 
 	events events

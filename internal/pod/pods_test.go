@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -330,5 +331,34 @@ func TestHalfMadeIsNoAnswer(t *testing.T) {
 	}
 	if _, err := s.Run(t.Context(), podNamed("half"), ""); !errdefs.IsUnavailable(err) {
 		t.Errorf("pod: %v", err)
+	}
+}
+
+// Limits are changed and recorded, or they are what they were.
+func TestUpdateIsAllOrNothing(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
+	config := containerNamed("c")
+	config.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 100 << 20}
+	c := must[string](t)(s.CreateContainer(t.Context(), p, config))
+	update := func(mib int64) error {
+		return s.UpdateContainer(t.Context(), c, &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: mib << 20})
+	}
+	if err := update(200); err != nil {
+		t.Fatal(err)
+	}
+	record := filepath.Join(l.dir, "root/containers", c, "resources")
+	if err := errors.Join(os.Remove(record), os.MkdirAll(filepath.Join(record, "in the way"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if err := update(300); err == nil {
+		t.Fatal("no error")
+	}
+	if st, _ := s.GetContainer(c); st.Resources.GetMemoryLimitInBytes() != 200<<20 {
+		t.Errorf("the limit is said to be %d", st.Resources.GetMemoryLimitInBytes())
+	}
+	if want := []int64{200 << 20, 300 << 20, 200 << 20}; !slices.Equal(l.keeper.limits, want) {
+		t.Errorf("limits were set to %v, want %v", l.keeper.limits, want)
 	}
 }
