@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/keeper/supervisor"
 	"sampan.dev/sampan/internal/keeper/worker"
@@ -46,8 +47,9 @@ func Main(args []string, cfg Config) int {
 	if err := flags.Parse(args[1:]); err != nil {
 		return 2
 	}
-	var err error
+	err := host.UnignoreSignals()
 	switch {
+	case err != nil:
 	case *dir == "":
 		err = fmt.Errorf("no --dir")
 	case args[0] == "supervisor":
