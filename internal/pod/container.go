@@ -287,13 +287,7 @@ func (s *Pods) StartContainer(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	_, err = s.ops.Do(ctx, "start\x00"+c.ID, func(ctx context.Context) (string, error) {
-		if err := s.startContainer(ctx, c); err != nil {
-			return "", fmt.Errorf("start %v: %w", c, err)
-		}
-		return "", nil
-	})
-	return err
+	return s.once(ctx, "start", c, c.ID, func(ctx context.Context) error { return s.startContainer(ctx, c) })
 }
 
 func (s *Pods) startContainer(ctx context.Context, c *Container) error {
@@ -362,14 +356,8 @@ func (s *Pods) StopContainer(ctx context.Context, id string, grace time.Duration
 		return err
 	}
 	// Two stops with different grace periods must not wait for each other.
-	key := fmt.Sprintf("stop\x00%s\x00%d", c.ID, grace)
-	_, err = s.ops.Do(ctx, key, func(ctx context.Context) (string, error) {
-		if err := s.stopContainer(ctx, p, c, grace); err != nil {
-			return "", fmt.Errorf("stop %v: %w", c, err)
-		}
-		return "", nil
-	})
-	return err
+	key := fmt.Sprintf("%s\x00%d", c.ID, grace)
+	return s.once(ctx, "stop", c, key, func(ctx context.Context) error { return s.stopContainer(ctx, p, c, grace) })
 }
 
 func (s *Pods) stopContainer(ctx context.Context, p *Pod, c *Container, grace time.Duration) error {
@@ -439,20 +427,16 @@ func (s *Pods) RemoveContainer(ctx context.Context, id string) error {
 }
 
 func (s *Pods) removeContainer(ctx context.Context, c *Container) error {
-	_, err := s.ops.Do(ctx, "remove\x00"+c.ID, func(ctx context.Context) (string, error) {
+	return s.once(ctx, "remove", c, c.ID, func(ctx context.Context) error {
 		p, err := s.pod(c.PodID)
 		if errdefs.IsNotFound(err) {
-			return "", nil // it went with its pod
+			return nil // it went with its pod
 		}
 		if err != nil {
-			return "", err
+			return err
 		}
-		if err := s.undoContainer(ctx, p, c); err != nil {
-			return "", fmt.Errorf("remove %v: %w", c, err)
-		}
-		return "", nil
+		return s.undoContainer(ctx, p, c)
 	})
-	return err
 }
 
 // UpdateContainer changes the limits of a created or running container. On error

@@ -329,6 +329,18 @@ func (s *Pods) addContainer(c *Container) {
 	s.containers[c.ID] = c
 }
 
+// once does something to a pod or container, or joins those who are at it; key says
+// to which. Errors name the verb and the object.
+func (s *Pods) once(ctx context.Context, verb string, object fmt.Stringer, key string, work func(context.Context) error) error {
+	_, err := s.ops.Do(ctx, verb+"\x00"+key, func(ctx context.Context) (string, error) {
+		if err := work(ctx); err != nil {
+			return "", fmt.Errorf("%s %v: %w", verb, object, err)
+		}
+		return "", nil
+	})
+	return err
+}
+
 // newID returns 64 random hex digits.
 func newID() string {
 	var b [32]byte

@@ -219,13 +219,7 @@ func (s *Pods) Stop(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	_, err = s.ops.Do(ctx, "stop\x00"+p.ID, func(ctx context.Context) (string, error) {
-		if err := s.stopPod(ctx, p); err != nil {
-			return "", fmt.Errorf("stop %v: %w", p, err)
-		}
-		return "", nil
-	})
-	return err
+	return s.once(ctx, "stop", p, p.ID, func(ctx context.Context) error { return s.stopPod(ctx, p) })
 }
 
 func (s *Pods) stopPod(ctx context.Context, p *Pod) error {
@@ -309,13 +303,7 @@ func (s *Pods) Remove(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	_, err = s.ops.Do(ctx, "remove\x00"+p.ID, func(ctx context.Context) (string, error) {
-		if err := s.removePod(ctx, p); err != nil {
-			return "", fmt.Errorf("remove %v: %w", p, err)
-		}
-		return "", nil
-	})
-	return err
+	return s.once(ctx, "remove", p, p.ID, func(ctx context.Context) error { return s.removePod(ctx, p) })
 }
 
 func (s *Pods) removePod(ctx context.Context, p *Pod) error {
