@@ -648,3 +648,15 @@ func waitFor(t testing.TB, cond func() bool) {
 	}
 	t.Fatal("condition is not met in time")
 }
+
+// A keeper that cannot start says why, in the error that the client gets.
+func TestDoesNotStart(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "keeper")
+	if err := os.WriteFile(program, []byte("#!/bin/sh\necho first line >&2\necho no cgroups here >&2\nexit 1\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	_, err := keeper.Ensure(t.Context(), keeper.Config{Dir: filepath.Join(t.TempDir(), "k"), Binary: program})
+	if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), ": no cgroups here: ") {
+		t.Fatalf("got %v", err)
+	}
+}

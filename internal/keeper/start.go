@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -62,9 +63,19 @@ func start(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("no answer: %w: %w", errors.Join(err, context.Cause(ctx)), errdefs.ErrUnavailable)
 	}
 	if string(answer) != link.ReadyAnswer {
-		return fmt.Errorf("it exited, see %s: %w", log.Name(), errdefs.ErrUnavailable)
+		return fmt.Errorf("it exited; the last line of %s: %s: %w", log.Name(), lastLine(log.Name()), errdefs.ErrUnavailable)
 	}
 	return nil
+}
+
+// lastLine returns the last line of a keeper's log, for an error.
+func lastLine(path string) string {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(data)), "\n")
+	return lines[len(lines)-1]
 }
 
 func openLog(path string) (*os.File, error) {
