@@ -33,6 +33,7 @@ type lab struct {
 	network *fakeNetwork
 	images  *fakeImages
 	layers  *fakeLayers
+	dialErr error // why no keeper starts
 }
 
 func newLab(t *testing.T) *lab {
@@ -51,7 +52,7 @@ func (l *lab) start() *Pods {
 	s, err := Open(Config{
 		Root: filepath.Join(l.dir, "root"), State: filepath.Join(l.dir, "state"), NetNS: filepath.Join(l.dir, "netns"),
 		Images: l.images, Layers: l.layers, Network: l.network,
-		Keeper:      func(context.Context, string) (Keeper, error) { return l.keeper, nil },
+		Keeper:      func(context.Context, string) (Keeper, error) { return l.keeper, l.dialErr },
 		KeeperHolds: func(string, string) bool { return false },
 		KeeperFor:   func(string) string { return "node" },
 		Handlers:    map[string]keeper.Handler{"builtin": {Kind: keeper.Builtin}}, DefaultHandler: "builtin",

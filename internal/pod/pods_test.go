@@ -362,3 +362,18 @@ func TestUpdateIsAllOrNothing(t *testing.T) {
 		t.Errorf("limits were set to %v, want %v", l.keeper.limits, want)
 	}
 }
+
+// Without a keeper nothing can be made, but everything can be removed.
+func TestKeeperDoesNotStart(t *testing.T) {
+	l := newLab(t)
+	l.dialErr = errdefs.ErrUnavailable
+	s := l.start()
+	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
+	if _, err := s.CreateContainer(t.Context(), p, containerNamed("c")); !errdefs.IsUnavailable(err) {
+		t.Fatalf("got %v", err)
+	}
+	if err := s.Remove(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	l.checkEmpty(s)
+}
