@@ -53,8 +53,8 @@ func grpcError(err error) error {
 	return status.Error(codes.Unknown, err.Error())
 }
 
-// finish turns what came of a call into what its client gets, and logs it: calls
-// that failed and calls that change something, not the kubelet's polling.
+// finish turns what came of a call into what its client gets, and logs it; calls
+// that succeed only for debugging, since the kubelet makes many of them.
 func (e edge) finish(ctx context.Context, method string, start time.Time, panicked any, err error) error {
 	if panicked != nil {
 		e.log.Error("panic", "op", path.Base(method), "err", panicked, "stack", string(debug.Stack()))

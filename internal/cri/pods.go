@@ -139,8 +139,7 @@ func podStatus(st pod.Status) *runtimeapi.PodSandboxStatus {
 	return p
 }
 
-// podConfigOf checks a container request's pod, and that the client means the
-// pod we know.
+// podConfigOf returns the configuration of the pod that a container request names.
 func (s *runtimeService) podConfigOf(id string) (*runtimeapi.PodSandboxConfig, error) {
 	if id == "" {
 		return nil, fmt.Errorf("pod_sandbox_id: it is empty; create the pod with RunPodSandbox first: %w", errdefs.ErrInvalidArgument)

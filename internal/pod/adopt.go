@@ -122,9 +122,11 @@ func (s *Pods) loadContainers() error {
 	for _, e := range entries {
 		c, made, err := s.loadContainer(e.Name())
 		switch {
-		case c == nil, s.pods[c.PodID] == nil:
+		case c == nil:
 			// Nothing can be said of it; Adopt removes what it holds.
-			s.log.Warn("container cannot be adopted", "container", e.Name(), "err", errors.Join(err, errNoPod))
+			s.log.Warn("container cannot be adopted", "container", e.Name(), "err", err)
+		case s.pods[c.PodID] == nil:
+			s.log.Warn("container cannot be adopted", "container", e.Name(), "err", "there is no pod "+c.PodID)
 		default:
 			if err != nil {
 				c.end(keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: err.Error()})
@@ -187,41 +189,42 @@ func (s *Pods) knowsPod(id string) bool {
 	return s.pods[id] != nil
 }
 
-// adoptPod finishes what was under way with one pod when the daemon died.
+// adoptPod finishes what was under way with one pod when the daemon died. What
+// this process is making meanwhile is none of its business: that is asked first,
+// since what is made in between is no longer half made either.
 func (s *Pods) adoptPod(ctx context.Context, p *Pod) {
 	ctx, cancel := context.WithTimeout(ctx, maxUndo)
 	defer cancel()
-	p.mu.Lock()
-	phase := p.phase
-	p.mu.Unlock()
-	select {
-	case <-p.made:
-	default:
-		return // made by this process, while it adopts
+	if !closed(p.made) {
+		return
 	}
 	// Whoever has containers, or may have, is followed from now on.
 	if _, err := s.keeper(ctx, p); err != nil {
 		s.log.Error("keeper of a pod is out of reach", "pod", p.ID, "err", err)
-		return
 	}
 	for _, c := range s.containersOf(p.ID) {
-		if c.visible() {
+		if !closed(c.created) || c.visible() {
 			continue
 		}
-		select {
-		case <-c.created:
-			if err := s.undoContainer(ctx, p, c); err != nil {
-				s.log.Error("half-made container stays", "container", c.ID, "err", err)
-				s.ended(c, keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: "its creation was interrupted: " + err.Error()})
-			}
-		default: // being made by this process
+		if err := s.undoContainer(ctx, p, c); err != nil {
+			s.log.Error("half-made container stays", "container", c.ID, "err", err)
+			s.ended(c, keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: "its creation was interrupted: " + err.Error()})
 		}
 	}
-	if phase == making {
+	if !p.visible() {
 		if err := s.undoPod(ctx, p); err != nil {
 			s.log.Error("half-made pod stays", "pod", p.ID, "err", err)
 			s.fail(p, "its creation was interrupted: "+err.Error())
 		}
+	}
+}
+
+func closed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
 	}
 }
 

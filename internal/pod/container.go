@@ -604,5 +604,3 @@ func (s *Pods) undoFiles(id string) error {
 	delete(s.containers, id)
 	return nil
 }
-
-var errNoPod = errors.New("its pod is unknown")

@@ -372,6 +372,11 @@ func TestKeeperDoesNotStart(t *testing.T) {
 	if _, err := s.CreateContainer(t.Context(), p, containerNamed("c")); !errdefs.IsUnavailable(err) {
 		t.Fatalf("got %v", err)
 	}
+	if err := s.recordPod(&Pod{podRecord: podRecord{ID: newID(), Keeper: "node", Config: podConfig{podNamed("half")}}}); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	s = l.start() // undoes the half-made one
 	if err := s.Remove(t.Context(), p); err != nil {
 		t.Fatal(err)
 	}
