@@ -156,7 +156,19 @@ func (s *scratch) peek(fd int, n int) ([]byte, error) {
 // pool lends scratches. There are as many as are in use; only a few are kept.
 type pool struct{ free chan *scratch }
 
-func newPool(keep int) *pool { return &pool{make(chan *scratch, keep)} }
+// newPool makes those that are kept at once: their memory is not there before it is
+// used, and the number of open files does not depend on what was busy when.
+func newPool(keep int) (*pool, error) {
+	p := &pool{make(chan *scratch, keep)}
+	for range keep {
+		s, err := newScratch()
+		if err != nil {
+			return nil, err
+		}
+		p.put(s)
+	}
+	return p, nil
+}
 
 func (p *pool) get() (*scratch, error) {
 	select {

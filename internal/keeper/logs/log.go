@@ -63,7 +63,11 @@ func NewWriter(dir string, log *slog.Logger) (*Writer, error) {
 	if !works {
 		log.Warn("access times do not work here: a crash may repeat output that repeats itself", "dir", dir)
 	}
-	return &Writer{log: log, pool: newPool(keepScratches), marks: works}, nil
+	p, err := newPool(keepScratches)
+	if err != nil {
+		return nil, err
+	}
+	return &Writer{log: log, pool: p, marks: works}, nil
 }
 
 // Config describes the log of one container.
