@@ -60,25 +60,6 @@ func Require(t testing.TB) {
 	}
 }
 
-// lock waits until no other lab is on this machine: they share the cgroup tree,
-// and each would take the other's cgroups for its own leaks.
-func lock() (unlock func(), err error) {
-	f, err := os.OpenFile(filepath.Join(os.TempDir(), "sampan-lab.lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	for end := time.Now().Add(30 * time.Minute); ; time.Sleep(100 * time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) {
-			f.Close()
-			return nil, fmt.Errorf("wait for another lab to end: %w", err)
-		}
-	}
-}
-
 // enter makes the tools and images, which may need the package registries, and
 // then starts this test binary again as the first process of a new lab. The lab
 // ends with it, however it ends.
@@ -86,11 +67,6 @@ func enter() (int, error) {
 	if os.Geteuid() != 0 {
 		return 0, errors.New("must be root")
 	}
-	unlock, err := lock()
-	if err != nil {
-		return 0, err
-	}
-	defer unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 	defer cancel()
 	if err := prepare(ctx); err != nil {
