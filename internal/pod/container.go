@@ -149,7 +149,7 @@ func (s *Pods) CreateContainer(ctx context.Context, podID string, config *runtim
 	}
 	m := config.GetMetadata()
 	key := strings.Join([]string{"create", p.ID, m.GetName(), fmt.Sprint(m.GetAttempt())}, "\x00")
-	return s.ops.Do(ctx, key, func(ctx context.Context) (string, error) {
+	id, err := s.ops.Do(ctx, key, func(ctx context.Context) (string, error) {
 		for _, c := range s.containersOf(p.ID) {
 			if !proto.Equal(c.Config.GetMetadata(), m) {
 				continue
@@ -157,13 +157,18 @@ func (s *Pods) CreateContainer(ctx context.Context, podID string, config *runtim
 			if !c.visible() {
 				return "", fmt.Errorf("%v was half made when the daemon died and is being removed; try again: %w", c, errdefs.ErrUnavailable)
 			}
-			if !proto.Equal(c.Config.ContainerConfig, config) {
-				return "", fmt.Errorf("%v exists in %v with another configuration; remove it or use a new attempt: %w", c, p, errdefs.ErrAlreadyExists)
-			}
 			return c.ID, nil
 		}
 		return s.createContainer(ctx, p, config)
 	})
+	if err != nil {
+		return "", err
+	}
+	// Also of one that another caller was making.
+	if c, err := s.container(id); err == nil && !proto.Equal(c.Config.ContainerConfig, config) {
+		return "", fmt.Errorf("%v exists in %v with another configuration; remove it or use a new attempt: %w", c, p, errdefs.ErrAlreadyExists)
+	}
+	return id, nil
 }
 
 func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.ContainerConfig) (string, error) {

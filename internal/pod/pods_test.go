@@ -108,6 +108,40 @@ func TestRepeatedRequestsAreOne(t *testing.T) {
 	}
 }
 
+// A request that would join another one's work, but asks for something else, does
+// not get what the other asked for.
+func TestOtherRequestsAreNotJoined(t *testing.T) {
+	s := newLab(t).start()
+	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
+	run := func(dir string) error {
+		c := podNamed("b")
+		c.LogDirectory = dir
+		_, err := s.Run(t.Context(), c, "")
+		return err
+	}
+	create := func(dir string) error {
+		c := containerNamed("c")
+		c.WorkingDir = dir
+		_, err := s.CreateContainer(t.Context(), p, c)
+		return err
+	}
+	for name, call := range map[string]func(string) error{"run": run, "create": create} {
+		var wg sync.WaitGroup
+		errs := make([]error, 16)
+		for i := range errs {
+			wg.Go(func() { errs[i] = call([]string{"/one", "/other"}[i%2]) })
+		}
+		wg.Wait()
+		for i := range errs {
+			same, other := errs[i], errs[(i+1)%len(errs)]
+			if (same == nil) == (other == nil) || same != nil && !errdefs.IsAlreadyExists(same) {
+				t.Errorf("%s: of two configurations, one must be refused: %v and %v", name, same, other)
+				break
+			}
+		}
+	}
+}
+
 func TestFailuresAreUndone(t *testing.T) {
 	l := newLab(t)
 	s := l.start()

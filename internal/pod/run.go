@@ -33,12 +33,22 @@ func (s *Pods) Run(ctx context.Context, config *runtimeapi.PodSandboxConfig, han
 	}
 	m := config.GetMetadata()
 	key := strings.Join([]string{"run", m.GetNamespace(), m.GetName(), m.GetUid(), fmt.Sprint(m.GetAttempt())}, "\x00")
-	return s.ops.Do(ctx, key, func(ctx context.Context) (string, error) {
+	id, err := s.ops.Do(ctx, key, func(ctx context.Context) (string, error) {
 		if p := s.podLike(config); p != nil {
-			return s.rerun(p, config, handler)
+			return rerun(p)
 		}
 		return s.run(ctx, config, handler, runtime)
 	})
+	if err != nil {
+		return "", err
+	}
+	// Also of one that another caller was making.
+	if p, err := s.pod(id); err == nil {
+		if st := p.Status(); !proto.Equal(st.Config.PodSandboxConfig, config) || st.Handler != handler {
+			return "", fmt.Errorf("%v exists with another configuration; remove it or use a new attempt: %w", p, errdefs.ErrAlreadyExists)
+		}
+	}
+	return id, nil
 }
 
 func (s *Pods) resolveHandler(name string) (string, error) {
@@ -67,13 +77,11 @@ func (s *Pods) podLike(config *runtimeapi.PodSandboxConfig) *Pod {
 }
 
 // rerun answers a Run for a pod that exists.
-func (s *Pods) rerun(p *Pod, config *runtimeapi.PodSandboxConfig, handler string) (string, error) {
-	switch st := p.Status(); {
+func rerun(p *Pod) (string, error) {
+	switch {
 	case !p.visible():
 		return "", fmt.Errorf("%v was half made when the daemon died and is being removed; try again: %w", p, errdefs.ErrUnavailable)
-	case !proto.Equal(st.Config.PodSandboxConfig, config) || st.Handler != handler:
-		return "", fmt.Errorf("%v exists with another configuration; remove it or use a new attempt: %w", p, errdefs.ErrAlreadyExists)
-	case !st.Ready:
+	case !p.Status().Ready:
 		return "", fmt.Errorf("%v exists and is not ready; remove it or use a new attempt: %w", p, errdefs.ErrAlreadyExists)
 	}
 	return p.ID, nil
