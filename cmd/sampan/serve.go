@@ -6,11 +6,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	sdnotify "github.com/coreos/go-systemd/v22/daemon"
@@ -23,6 +21,7 @@ import (
 	"sampan.dev/sampan/internal/config"
 	"sampan.dev/sampan/internal/cri"
 	"sampan.dev/sampan/internal/embedded"
+	"sampan.dev/sampan/internal/handler"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/image"
 	"sampan.dev/sampan/internal/keeper"
@@ -31,6 +30,7 @@ import (
 	"sampan.dev/sampan/internal/network/cni"
 	"sampan.dev/sampan/internal/pod"
 	"sampan.dev/sampan/internal/registry"
+	"sampan.dev/sampan/internal/spec"
 	"sampan.dev/sampan/internal/stats"
 	"sampan.dev/sampan/internal/stream"
 )
@@ -118,7 +118,9 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		return err
 	}
 	defer func() { err = errors.Join(err, closeImages(images)) }()
-	pods, podNetwork, err := openPods(cfg, images, facts, log)
+	runtimes := handler.Open(programs(cfg), log)
+	defer runtimes.Close()
+	pods, podNetwork, err := openPods(cfg, images, runtimes, facts, log)
 	if err != nil {
 		return err
 	}
@@ -139,7 +141,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 
 	server := cri.NewServer(cri.Config{
 		Pods: pods, Images: images, Network: podNetwork, Stats: figures, Streams: streams, Version: version(),
-		Handlers: slices.Collect(maps.Keys(handlers(cfg))), DefaultHandler: cfg.DefaultHandler,
+		Handlers: runtimes, DefaultHandler: cfg.DefaultHandler,
 		Facts: facts, SystemdCgroup: systemdCgroup(cfg), Root: cfg.Root, State: cfg.State, Logger: log,
 	})
 	admin.Register(server, loader(images))
@@ -223,7 +225,7 @@ func listenUnix(path string) (net.Listener, error) {
 	return l, os.Chmod(path, 0o600)
 }
 
-func openPods(cfg config.Config, images *image.Store, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
+func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
 	podNetwork, err := openNetwork(cfg, log)
 	if err != nil {
 		return nil, nil, err
@@ -250,6 +252,7 @@ func openPods(cfg config.Config, images *image.Store, facts host.Facts, log *slo
 		Images: podImages{images}, Layers: images.Layers(), Network: podNetwork,
 		Keeper: keeperDialer(cfg, keeperPath, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
 		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath,
+		Features:    handlerFeatures(runtimes),
 		KeeperHolds: func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
 		Facts:       facts, SystemdCgroup: systemdCgroup(cfg), CDIDirs: []string{"/etc/cdi", "/var/run/cdi"}, Logger: log,
 	})
@@ -325,6 +328,22 @@ func handlers(cfg config.Config) map[string]keeper.Handler {
 		all[name] = keeper.Handler{Kind: keeper.CLI, Path: h.Path, SystemdCgroup: systemdCgroup(cfg)}
 	}
 	return all
+}
+
+// programs are the programs of the handlers, none for the built-in one.
+func programs(cfg config.Config) map[string]string {
+	paths := make(map[string]string)
+	for name, h := range handlers(cfg) {
+		paths[name] = h.Path
+	}
+	return paths
+}
+
+func handlerFeatures(runtimes *handler.Handlers) func(context.Context, string) (spec.Features, error) {
+	return func(ctx context.Context, name string) (spec.Features, error) {
+		report, err := runtimes.Now(ctx, name)
+		return report.Features, err
+	}
 }
 
 func systemdCgroup(cfg config.Config) bool {

@@ -6,11 +6,12 @@ import (
 	"fmt"
 	"net/netip"
 	"runtime"
-	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/internal/handler"
 )
 
 // Version tells who answers; no field may be empty.
@@ -25,45 +26,59 @@ func (s *runtimeService) Version(context.Context, *runtimeapi.VersionRequest) (*
 
 // Status tells whether pods can be run, what the handlers can do and, if verbose,
 // how the daemon is set up.
-func (s *runtimeService) Status(_ context.Context, r *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
+func (s *runtimeService) Status(ctx context.Context, r *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
 	network := &runtimeapi.RuntimeCondition{Type: runtimeapi.NetworkReady, Status: true}
 	if err := s.cfg.Network.Ready(); err != nil {
 		network.Status, network.Reason, network.Message = false, "NetworkPluginNotReady", err.Error()
+	}
+	reports, err := s.reports(ctx)
+	if err != nil {
+		return nil, err
 	}
 	resp := &runtimeapi.StatusResponse{
 		Status: &runtimeapi.RuntimeStatus{Conditions: []*runtimeapi.RuntimeCondition{
 			{Type: runtimeapi.RuntimeReady, Status: true}, network,
 		}},
-		RuntimeHandlers: s.handlers(),
+		RuntimeHandlers: s.handlers(reports),
 		Features:        &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true},
 	}
 	if r.GetVerbose() {
-		info, err := s.info()
-		if err != nil {
+		if resp.Info, err = s.info(reports); err != nil {
 			return nil, err
 		}
-		resp.Info = info
 	}
 	return resp, nil
 }
 
+// reports tells what is known of each handler.
+func (s *runtimeService) reports(ctx context.Context) (map[string]handler.Report, error) {
+	all := make(map[string]handler.Report)
+	for _, name := range s.cfg.Handlers.Names() {
+		var err error
+		if all[name], err = s.cfg.Handlers.Last(ctx, name); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
 // handlers lists the handlers by name, "" being the default one.
-func (s *runtimeService) handlers() []*runtimeapi.RuntimeHandler {
+func (s *runtimeService) handlers(reports map[string]handler.Report) []*runtimeapi.RuntimeHandler {
 	features := func(name string) *runtimeapi.RuntimeHandlerFeatures {
-		builtin := name == "builtin"
-		return &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: builtin && s.cfg.Facts.RecursiveReadOnly}
+		can := reports[name].Features
+		return &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: can.RecursiveReadOnly && s.cfg.Facts.RecursiveReadOnly}
 	}
 	list := []*runtimeapi.RuntimeHandler{{Name: "", Features: features(s.cfg.DefaultHandler)}}
-	for _, name := range slices.Sorted(slices.Values(s.cfg.Handlers)) {
+	for _, name := range s.cfg.Handlers.Names() {
 		list = append(list, &runtimeapi.RuntimeHandler{Name: name, Features: features(name)})
 	}
 	return list
 }
 
-func (s *runtimeService) info() (map[string]string, error) {
+func (s *runtimeService) info(reports map[string]handler.Report) (map[string]string, error) {
 	config, err := json.Marshal(map[string]any{
 		"rootDir": s.cfg.Root, "stateDir": s.cfg.State, "defaultHandler": s.cfg.DefaultHandler,
-		"handlers": s.cfg.Handlers, "cgroupDriver": s.driver().String(), "cgroups": s.cfg.Facts.Cgroup.String(),
+		"handlers": s.cfg.Handlers.Names(), "cgroupDriver": s.driver().String(), "cgroups": s.cfg.Facts.Cgroup.String(),
 	})
 	if err != nil {
 		return nil, err
@@ -72,7 +87,11 @@ func (s *runtimeService) info() (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	return map[string]string{"config": string(config), "facts": string(facts), "golang": fmt.Sprintf("%q", runtime.Version())}, nil
+	handlers, err := json.Marshal(reports)
+	if err != nil {
+		return nil, err
+	}
+	return map[string]string{"config": string(config), "facts": string(facts), "handlers": string(handlers), "golang": fmt.Sprintf("%q", runtime.Version())}, nil
 }
 
 // RuntimeConfig tells the kubelet which cgroup driver to use.

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"sampan.dev/sampan/internal/handler"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/image"
 	"sampan.dev/sampan/internal/network"
@@ -30,8 +31,8 @@ type Config struct {
 	Stats   *stats.Collector
 	Streams Streams
 
-	Version        string   // of Sampan
-	Handlers       []string // names of the configured handlers
+	Version        string // of Sampan
+	Handlers       *handler.Handlers
 	DefaultHandler string
 	Facts          host.Facts
 	SystemdCgroup  bool

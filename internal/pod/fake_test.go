@@ -20,6 +20,7 @@ import (
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/layer"
 	"sampan.dev/sampan/internal/network"
+	"sampan.dev/sampan/internal/spec"
 	"sampan.dev/sampan/internal/state"
 )
 
@@ -56,7 +57,8 @@ func (l *lab) start() *Pods {
 		KeeperHolds: func(string, string) bool { return false },
 		KeeperFor:   func(string) string { return "node" },
 		Handlers:    map[string]keeper.Handler{"builtin": {Kind: keeper.Builtin}}, DefaultHandler: "builtin",
-		Logger: slog.New(slog.DiscardHandler),
+		Features: func(context.Context, string) (spec.Features, error) { return spec.BuiltinFeatures(), nil },
+		Logger:   slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		l.t.Fatal(err)

@@ -33,6 +33,7 @@ import (
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/layer"
 	"sampan.dev/sampan/internal/network"
+	"sampan.dev/sampan/internal/spec"
 )
 
 // Image is what a container needs to know of its image.
@@ -99,11 +100,13 @@ type Config struct {
 
 	Handlers       map[string]keeper.Handler // by name
 	DefaultHandler string                    // what the empty name means
-	Init           string                    // the program that is PID 1 of a shared PID namespace
-	Facts          host.Facts
-	SystemdCgroup  bool
-	CDIDirs        []string // where CDI specs are; later ones win
-	Logger         *slog.Logger
+	// Features tells what a handler's runtime can do.
+	Features      func(ctx context.Context, handler string) (spec.Features, error)
+	Init          string // the program that is PID 1 of a shared PID namespace
+	Facts         host.Facts
+	SystemdCgroup bool
+	CDIDirs       []string // where CDI specs are; later ones win
+	Logger        *slog.Logger
 }
 
 // How long work may take at most, whoever waits for it.

@@ -51,7 +51,7 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	if err != nil {
 		return nil, err
 	}
-	in, err := s.specInput(p, c, image, images)
+	in, err := s.specInput(ctx, p, c, image, images)
 	if err != nil {
 		return nil, err
 	}
@@ -85,7 +85,7 @@ func makeLogDir(path string) error {
 
 // specInput reads everything the spec depends on. Images has the source of each
 // mount that is of an image.
-func (s *Pods) specInput(p *Pod, c *Container, image Image, images []string) (spec.Input, error) {
+func (s *Pods) specInput(ctx context.Context, p *Pod, c *Container, image Image, images []string) (spec.Input, error) {
 	rootfs := s.paths.rootfs(c.ID)
 	in := spec.Input{
 		PodID: p.ID, ContainerID: c.ID, Pod: p.Config.PodSandboxConfig, Container: c.Config.ContainerConfig,
@@ -93,6 +93,9 @@ func (s *Pods) specInput(p *Pod, c *Container, image Image, images []string) (sp
 		CgroupsPath: s.cgroupsPath(p, c.ID), Files: s.files(p), Host: s.cfg.Facts,
 	}
 	var err error
+	if in.Handler, err = s.cfg.Features(ctx, p.Runtime); err != nil {
+		return in, err
+	}
 	for file, content := range map[string]*[]byte{"etc/passwd": &in.Passwd, "etc/group": &in.Group} {
 		if *content, err = readInRoot(rootfs, file); err != nil {
 			return in, fmt.Errorf("image: /%s: %w", file, err)

@@ -8,7 +8,7 @@ import (
 
 // FieldError says what is wrong with one field of a request and what to do
 // about it. It wraps errdefs.ErrInvalidArgument if no host could serve the
-// request, errdefs.ErrFailedPrecondition if only this one cannot.
+// request, errdefs.ErrFailedPrecondition if only this one, or this handler, cannot.
 type FieldError struct {
 	Field  string // its path in the message, e.g. "linux.resources.cpu_quota"
 	Value  any

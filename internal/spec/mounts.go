@@ -11,6 +11,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	crierrors "k8s.io/cri-api/pkg/errors"
 )
 
 // mounts adds all mounts of a container, parents before what lies in them.
@@ -131,12 +132,18 @@ func ownMount(in Input, i int, m *runtimeapi.Mount) (specs.Mount, error) {
 	}
 	access := "rw"
 	switch {
-	case m.GetRecursiveReadOnly() && !in.Host.RecursiveReadOnly:
-		return specs.Mount{}, impossible(field+".recursive_read_only", true, "this kernel cannot make mounts recursively read-only", "use Linux 5.12 or later, or a plain readonly mount")
 	case m.GetRecursiveReadOnly():
+		if err := checkRecursiveReadOnly(in, field); err != nil {
+			return specs.Mount{}, err
+		}
 		access = "rro"
 	case m.GetReadonly() || m.GetImage() != nil:
 		access = "ro"
+	}
+	for _, option := range m.GetMountOptions() {
+		if !in.Handler.knowsMountOption(option) {
+			return specs.Mount{}, impossible(field+".mount_options", option, "the handler's OCI runtime does not know it", "leave it out, or use another handler")
+		}
 	}
 	options := []string{"rbind", propagation, access}
 	if m.GetImage() != nil {
@@ -152,6 +159,21 @@ func ownMount(in Input, i int, m *runtimeapi.Mount) (specs.Mount, error) {
 		UIDMappings: idMappings(m.GetUidMappings()),
 		GIDMappings: idMappings(m.GetGidMappings()),
 	}, nil
+}
+
+// checkRecursiveReadOnly: a mount that is less read-only than was asked for would
+// be a hole. The kubelet knows the error by its name.
+func checkRecursiveReadOnly(in Input, field string) error {
+	cause, remedy := "", ""
+	switch {
+	case !in.Host.RecursiveReadOnly:
+		cause, remedy = "this kernel cannot make mounts recursively read-only", "use Linux 5.12 or later, or a plain readonly mount"
+	case !in.Handler.RecursiveReadOnly:
+		cause, remedy = "the handler's OCI runtime cannot make mounts recursively read-only", "use another handler, or a plain readonly mount"
+	default:
+		return nil
+	}
+	return impossible(field+".recursive_read_only", true, crierrors.ErrRROUnsupported.Error()+": "+cause, remedy)
 }
 
 // mountPropagation returns the mount option. Propagation has a meaning only if

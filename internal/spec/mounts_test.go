@@ -34,6 +34,7 @@ func TestMountOptions(t *testing.T) {
 		mount *runtimeapi.Mount
 		from  Source
 		old   bool // a kernel without recursive read-only mounts
+		poor  bool // a handler of which nothing is known
 		want  []string
 		root  string
 		err   string
@@ -41,7 +42,8 @@ func TestMountOptions(t *testing.T) {
 		{name: "plain", mount: &runtimeapi.Mount{}, want: []string{"rbind", "rprivate", "rw"}},
 		{name: "read-only", mount: &runtimeapi.Mount{Readonly: true}, want: []string{"rbind", "rprivate", "ro"}},
 		{name: "recursively read-only", mount: &runtimeapi.Mount{Readonly: true, RecursiveReadOnly: true}, want: []string{"rbind", "rprivate", "rro"}},
-		{name: "recursively read-only, old kernel", mount: &runtimeapi.Mount{Readonly: true, RecursiveReadOnly: true}, old: true, err: "mounts[0].recursive_read_only: true: this kernel cannot"},
+		{name: "recursively read-only, old kernel", mount: &runtimeapi.Mount{Readonly: true, RecursiveReadOnly: true}, old: true, err: "mounts[0].recursive_read_only: true: RROUnsupported: this kernel cannot"},
+		{name: "recursively read-only, poor handler", mount: &runtimeapi.Mount{Readonly: true, RecursiveReadOnly: true}, poor: true, err: "mounts[0].recursive_read_only: true: RROUnsupported: the handler's"},
 		{name: "slave of shared", mount: &runtimeapi.Mount{Propagation: slave}, from: Source{Shared: true}, want: []string{"rbind", "rslave", "rw"}, root: "rslave"},
 		{name: "slave of slave", mount: &runtimeapi.Mount{Propagation: slave}, from: Source{Slave: true}, want: []string{"rbind", "rslave", "rw"}, root: "rslave"},
 		{name: "slave of private", mount: &runtimeapi.Mount{Propagation: slave}, err: "/real is not on a shared or slave mount"},
@@ -50,6 +52,9 @@ func TestMountOptions(t *testing.T) {
 		{name: "private of shared", mount: &runtimeapi.Mount{Propagation: private}, from: Source{Shared: true}, want: []string{"rbind", "rprivate", "rw"}},
 		{name: "image", mount: &runtimeapi.Mount{Image: &runtimeapi.ImageSpec{Image: "i"}}, want: []string{"rbind", "rprivate", "ro", "nosuid", "nodev", "noexec"}},
 		{name: "image of programs", mount: &runtimeapi.Mount{Image: &runtimeapi.ImageSpec{Image: "i"}, MountOptions: []string{"exec"}}, want: []string{"rbind", "rprivate", "ro", "nosuid", "nodev", "noexec", "exec"}},
+		{name: "options, poor handler", mount: &runtimeapi.Mount{MountOptions: []string{"noexec"}}, poor: true, want: []string{"rbind", "rprivate", "rw", "noexec"}},
+		{name: "late option", mount: &runtimeapi.Mount{MountOptions: []string{"nosymfollow"}}, want: []string{"rbind", "rprivate", "rw", "nosymfollow"}},
+		{name: "late option, poor handler", mount: &runtimeapi.Mount{MountOptions: []string{"nosymfollow"}}, poor: true, err: `mounts[0].mount_options: "nosymfollow": the handler's`},
 		{name: "options", mount: &runtimeapi.Mount{MountOptions: []string{"noexec", "nodev"}}, want: []string{"rbind", "rprivate", "rw", "noexec", "nodev"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -61,6 +66,9 @@ func TestMountOptions(t *testing.T) {
 			tt.from.Path = "/real"
 			in.Container.Mounts, in.Sources = []*runtimeapi.Mount{tt.mount}, []Source{tt.from}
 			in.Host.RecursiveReadOnly = !tt.old
+			if tt.poor {
+				in.Handler = Minimal()
+			}
 			s, err := build(in)
 			if tt.err != "" {
 				wantError(t, err, errdefs.ErrFailedPrecondition, tt.err)

@@ -54,7 +54,8 @@ type Input struct {
 	// ProcessLabel and MountLabel are the SELinux labels, empty for none.
 	ProcessLabel, MountLabel string
 
-	Host host.Facts
+	Host    host.Facts
+	Handler Features
 }
 
 // Namespaces are paths of the pod's pinned namespaces. An empty path is right

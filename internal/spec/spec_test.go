@@ -105,6 +105,7 @@ func testInput() Input {
 			MaxOpenFiles:      1 << 30,
 			MinOOMScoreAdj:    -1000,
 		},
+		Handler: BuiltinFeatures(),
 	}
 }
 

@@ -33,7 +33,7 @@ const module = "sampan.dev/sampan/"
 var floors = [][]string{
 	{"internal/state", "internal/host", "internal/flight", "internal/config", "internal/embedded", "internal/hello", "internal/backlog"},
 	{"internal/spec", "internal/layer", "internal/registry", "internal/network", "internal/ociruntime", "internal/reset"},
-	{"internal/keeper"},
+	{"internal/keeper", "internal/handler"},
 	{"internal/image"},
 	{"internal/pod", "internal/stats"},
 	{"internal/stream"},
