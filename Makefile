@@ -3,6 +3,8 @@
 # make quickstart-down   remove every trace of it
 # make test         install what the tests need, and run them all
 # make conformance  all of critest, not only what `make test` takes of it
+# make abuse        random requests, escapes, thousands of clients: more than `make test` has time for
+# make fuzz         every fuzz target for FUZZTIME (30s)
 # make check        formatting, vet, staticcheck
 # make generate     write the generated Go code anew (needs protoc)
 
@@ -14,7 +16,7 @@ VERSION := $(shell cat VERSION)$(shell git describe --always --exclude='*' --dir
 GO_BUILD := go build -trimpath -buildvcs=false
 # What the keeper is built with; the checks look at the same code.
 KEEPER_TAGS := netgo,osusergo,seccomp,static_build
-SUITES := ./test/quickstart ./test/e2e ./test/conformance
+SUITES := ./test/quickstart ./test/e2e ./test/conformance ./test/abuse
 PACKAGES = $(filter-out $(SUITES:./%=sampan.dev/sampan/%),$(shell go list ./...))
 
 .PHONY: all build deps
@@ -66,6 +68,17 @@ conformance:
 	@scripts/install-deps test
 	$(MAKE) build
 	SAMPAN_CONFORMANCE=all SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -timeout 60m -v ./test/conformance
+
+.PHONY: abuse fuzz
+abuse:
+	@scripts/install-deps test
+	$(MAKE) build
+	ulimit -n 65536; SAMPAN_ABUSE_REQUESTS=40000 SAMPAN_ABUSE_CLIENTS=10000 SAMPAN_ABUSE_EXECS=1000 SAMPAN_ABUSE_LINE_MIB=1024 \
+		SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -timeout 30m -v ./test/abuse
+fuzz:
+	@scripts/install-deps build
+	@$(MAKE) --no-print-directory embed
+	@FUZZTIME=$(FUZZTIME) scripts/fuzz
 
 .PHONY: check
 check: .cache/bin/staticcheck

@@ -75,6 +75,9 @@ func (x *execution) run() error {
 	if x.req.Attach != nil {
 		return x.attach()
 	}
+	if len(x.req.Args) == 0 {
+		return fmt.Errorf("exec in container %s: no command: %w", x.req.Id, errdefs.ErrInvalidArgument)
+	}
 	stdio, err := x.stdio(files)
 	if err != nil {
 		return err
