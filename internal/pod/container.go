@@ -184,7 +184,7 @@ func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.C
 	if err != nil {
 		return "", err
 	}
-	ctx, abandon := context.WithCancel(ctx)
+	making, abandon := context.WithCancel(ctx)
 	defer abandon()
 	c := &Container{
 		containerRecord: containerRecord{
@@ -201,7 +201,10 @@ func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.C
 	if err := s.admit(p, c); err != nil {
 		return "", err
 	}
-	if err := s.assemble(ctx, p, c); err != nil {
+	if err := s.assemble(making, p, c); err != nil {
+		if making.Err() != nil && ctx.Err() == nil {
+			err = fmt.Errorf("it, or its pod, is being stopped or removed: %w", errdefs.ErrAborted)
+		}
 		err = fmt.Errorf("create %v: %w", c, err)
 		undo, cancel := undoContext(ctx)
 		defer cancel()

@@ -237,6 +237,12 @@ func TestHangingCreate(t *testing.T) {
 	if n := len(s.ListContainers()); n != 1 {
 		t.Fatalf("%d containers are listed, want 1", n)
 	}
+	joined := make(chan error, 1)
+	go func() {
+		_, err := s.CreateContainer(t.Context(), hung, containerNamed("c"))
+		joined <- err
+	}()
+	time.Sleep(20 * time.Millisecond)
 	if err := s.Stop(t.Context(), hung); err != nil {
 		t.Fatal(err)
 	}
@@ -244,6 +250,9 @@ func TestHangingCreate(t *testing.T) {
 		t.Fatal("a pod was removed under a creation")
 	}
 	close(release)
+	if err := <-joined; !errdefs.IsAborted(err) {
+		t.Errorf("a creation that its pod's end has cut off: %v", err)
+	}
 	if err := errors.Join(s.Remove(t.Context(), hung), s.Remove(t.Context(), other)); err != nil {
 		t.Fatal(err)
 	}

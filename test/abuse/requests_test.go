@@ -100,6 +100,8 @@ func TestRandomRequests(t *testing.T) {
 // excused are the answers that are right all the same.
 func excused(m protoreflect.MethodDescriptor, err error) bool {
 	switch m.Name() {
+	case "CreateContainer": // the OCI runtime's words about a program or directory, which have no class
+		return strings.Contains(err.Error(), "during container init")
 	case "ExecSync": // its timeout
 		return status.Code(err) == codes.DeadlineExceeded
 	case "CheckpointContainer", "CheckpointPod", "RestorePod": // without CRIU
