@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"sampan.dev/sampan/internal/config"
+	"sampan.dev/sampan/internal/host/apparmor"
 	"sampan.dev/sampan/internal/network/builtin"
 	"sampan.dev/sampan/internal/reset"
 )
@@ -46,7 +47,7 @@ runs (sampan pod rm --all), for only then do the plugins hear of it.`,
 			return reset.All(cmd.Context(), reset.Target{
 				Root: c.Root, State: c.State, RemoveNetwork: func() error { return builtin.Remove("", "") }, NetNS: "/run/netns",
 				Cgroup: "sampan", Keepers: keeperCgroup(c.State, "*"),
-				Marks: filepath.Join(logRoot, "*", runMark),
+				Marks: filepath.Join(logRoot, "*", runMark), UnloadProfile: apparmor.Unload,
 			})
 		},
 	}

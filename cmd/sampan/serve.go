@@ -23,6 +23,7 @@ import (
 	"sampan.dev/sampan/internal/embedded"
 	"sampan.dev/sampan/internal/handler"
 	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/host/apparmor"
 	"sampan.dev/sampan/internal/image"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/network"
@@ -120,7 +121,8 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	defer func() { err = errors.Join(err, closeImages(images)) }()
 	runtimes := handler.Open(programs(cfg), log)
 	defer runtimes.Close()
-	pods, podNetwork, err := openPods(cfg, images, runtimes, facts, log)
+	profiles := apparmor.New(apparmor.HostConfig(facts.AppArmor, log))
+	pods, podNetwork, err := openPods(cfg, images, runtimes, profiles, facts, log)
 	if err != nil {
 		return err
 	}
@@ -142,7 +144,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	server := cri.NewServer(cri.Config{
 		Pods: pods, Images: images, Network: podNetwork, Stats: figures, Streams: streams, Version: version(),
 		Handlers: runtimes, DefaultHandler: cfg.DefaultHandler,
-		Facts: facts, SystemdCgroup: systemdCgroup(cfg), Root: cfg.Root, State: cfg.State, Logger: log,
+		Facts: facts, AppArmor: profiles.Problem, SystemdCgroup: systemdCgroup(cfg), Root: cfg.Root, State: cfg.State, Logger: log,
 	})
 	admin.Register(server, loader(images))
 	listener, err := listenUnix(cfg.SocketPath())
@@ -225,7 +227,7 @@ func listenUnix(path string) (net.Listener, error) {
 	return l, os.Chmod(path, 0o600)
 }
 
-func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
+func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, profiles *apparmor.AppArmor, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
 	podNetwork, err := openNetwork(cfg, log)
 	if err != nil {
 		return nil, nil, err
@@ -253,6 +255,7 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 		Keeper: keeperDialer(cfg, keeperPath, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
 		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath,
 		Features:    handlerFeatures(runtimes),
+		AppArmor:    profiles.Profile,
 		KeeperHolds: func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
 		Facts:       facts, SystemdCgroup: systemdCgroup(cfg), CDIDirs: []string{"/etc/cdi", "/var/run/cdi"}, Logger: log,
 	})

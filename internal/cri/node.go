@@ -42,12 +42,24 @@ func (s *runtimeService) Status(ctx context.Context, r *runtimeapi.StatusRequest
 		RuntimeHandlers: s.handlers(reports),
 		Features:        &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true},
 	}
+	if s.cfg.Facts.AppArmor {
+		resp.Status.Conditions = append(resp.Status.Conditions, s.apparmor())
+	}
 	if r.GetVerbose() {
 		if resp.Info, err = s.info(reports); err != nil {
 			return nil, err
 		}
 	}
 	return resp, nil
+}
+
+// apparmor is a condition that only informs: the kubelet does not know it.
+func (s *runtimeService) apparmor() *runtimeapi.RuntimeCondition {
+	c := &runtimeapi.RuntimeCondition{Type: "AppArmorReady", Status: true}
+	if err := s.cfg.AppArmor(); err != nil {
+		c.Status, c.Reason, c.Message = false, "DefaultProfileNotLoaded", err.Error()
+	}
+	return c
 }
 
 // reports tells what is known of each handler.

@@ -35,9 +35,12 @@ type Config struct {
 	Handlers       *handler.Handlers
 	DefaultHandler string
 	Facts          host.Facts
-	SystemdCgroup  bool
-	Root, State    string
-	Logger         *slog.Logger
+	// AppArmor is nil, or why containers run without the default profile. It is
+	// only asked where there is AppArmor.
+	AppArmor      func() error
+	SystemdCgroup bool
+	Root, State   string
+	Logger        *slog.Logger
 }
 
 // maxMessage bounds a message in both directions, in bytes: what the kubelet's

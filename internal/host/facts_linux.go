@@ -36,7 +36,7 @@ func ProbeFacts() (Facts, error) {
 		SwapLimit:         hasSwapLimit(mode),
 		HugepageSizes:     hugepageSizes(mode),
 		Seccomp:           hasSeccomp(),
-		AppArmor:          enabled("/sys/module/apparmor/parameters/enabled"),
+		AppArmor:          HasAppArmor(),
 		SELinux:           isMounted("/sys/fs/selinux", unix.SELINUX_MAGIC),
 		RecursiveReadOnly: hasMountSetattr(),
 		MaxOpenFiles:      files,
@@ -151,6 +151,9 @@ func hasMountSetattr() bool {
 	err := unix.MountSetattr(-1, "", unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
 	return errors.Is(err, unix.ENOENT)
 }
+
+// HasAppArmor tells whether AppArmor is enabled.
+func HasAppArmor() bool { return enabled("/sys/module/apparmor/parameters/enabled") }
 
 func enabled(path string) bool {
 	data, err := os.ReadFile(path)

@@ -35,6 +35,9 @@ type lab struct {
 	images  *fakeImages
 	layers  *fakeLayers
 	dialErr error // why no keeper starts
+
+	facts      host.Facts
+	noAppArmor bool // no profile can be had, whatever the facts say
 }
 
 func newLab(t *testing.T) *lab {
@@ -57,6 +60,7 @@ func (l *lab) start() *Pods {
 		KeeperHolds: func(string, string) bool { return false },
 		KeeperFor:   func(string) string { return "node" },
 		Handlers:    map[string]keeper.Handler{"builtin": {Kind: keeper.Builtin}}, DefaultHandler: "builtin",
+		Facts: l.facts, AppArmor: l.apparmor,
 		Features: func(context.Context, string) (spec.Features, error) { return spec.BuiltinFeatures(), nil },
 		Logger:   slog.New(slog.DiscardHandler),
 	})
@@ -66,6 +70,19 @@ func (l *lab) start() *Pods {
 	s.Adopt(l.t.Context())
 	l.t.Cleanup(s.Close)
 	return s
+}
+
+// apparmor knows two profiles.
+func (l *lab) apparmor(_ context.Context, name string) (string, error) {
+	switch {
+	case l.noAppArmor:
+		return "", fmt.Errorf("no AppArmor: %w", errdefs.ErrFailedPrecondition)
+	case name == "":
+		return "the-default", nil
+	case name == "loaded":
+		return name, nil
+	}
+	return "", fmt.Errorf("profile %s is not loaded: %w", name, errdefs.ErrFailedPrecondition)
 }
 
 // checkEmpty fails if anything is left of any pod.

@@ -101,7 +101,10 @@ type Config struct {
 	Handlers       map[string]keeper.Handler // by name
 	DefaultHandler string                    // what the empty name means
 	// Features tells what a handler's runtime can do.
-	Features      func(ctx context.Context, handler string) (spec.Features, error)
+	Features func(ctx context.Context, handler string) (spec.Features, error)
+	// AppArmor returns the name of a profile that the kernel has: the one called
+	// so, or the runtime's default if the name is empty.
+	AppArmor      func(ctx context.Context, name string) (string, error)
 	Init          string // the program that is PID 1 of a shared PID namespace
 	Facts         host.Facts
 	SystemdCgroup bool

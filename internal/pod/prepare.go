@@ -113,6 +113,9 @@ func (s *Pods) specInput(ctx context.Context, p *Pod, c *Container, image Image,
 	if err := addDevices(&in, c.Config.ContainerConfig); err != nil {
 		return in, err
 	}
+	if in.AppArmorProfile, err = s.apparmorProfile(ctx, c.Config.ContainerConfig); err != nil {
+		return in, err
+	}
 	file, err := spec.SeccompFile(c.Config.ContainerConfig)
 	if err != nil || file == "" {
 		return in, err
@@ -168,6 +171,23 @@ func (s *Pods) specNamespaces(p *Pod, config *runtimeapi.ContainerConfig) (spec.
 		ns.PID = fmt.Sprintf("/proc/%d/ns/pid", st.Process.Pid)
 	}
 	return ns, nil
+}
+
+// apparmorProfile returns the name of the profile a container gets. One that does
+// not say that it wants the default runs without it where there is none.
+func (s *Pods) apparmorProfile(ctx context.Context, config *runtimeapi.ContainerConfig) (string, error) {
+	r, err := spec.AppArmorOf(config)
+	if err != nil || !r.Confined || !r.Asked && !s.cfg.Facts.AppArmor {
+		return "", err
+	}
+	name, err := s.cfg.AppArmor(ctx, r.Profile)
+	switch {
+	case err == nil:
+		return name, nil
+	case r.Asked:
+		return "", fmt.Errorf("%s: %w", spec.AppArmorField, err)
+	}
+	return "", nil // the status of the node tells why
 }
 
 // mountSources looks at the host's side of each mount. The CRI wants an error for

@@ -29,6 +29,8 @@ type Target struct {
 	State string // the daemon's STATE
 	// RemoveNetwork takes the built-in network off the host.
 	RemoveNetwork func() error
+	// UnloadProfile takes the AppArmor profile from the kernel.
+	UnloadProfile func() error
 	NetNS         string // directory where pods' network namespaces are pinned
 	Cgroup        string // what the cgroups of pods that have no parent are called, before "-" and the start of their id
 	Keepers       string // pattern of the keepers' cgroups
@@ -50,6 +52,7 @@ func All(ctx context.Context, t Target) error {
 		unmountBelow(t.Root),
 		t.RemoveNetwork(),
 		removeCgroups(t, ids),
+		t.UnloadProfile(),
 	}
 	marks, err := filepath.Glob(t.Marks)
 	failed = append(failed, err)

@@ -26,7 +26,7 @@ func TestAll(t *testing.T) {
 	const link = "smpr0"
 	dir := t.TempDir()
 	target := Target{
-		Root: filepath.Join(dir, "root"), State: filepath.Join(dir, "state"), RemoveNetwork: func() error { return builtin.Remove("", link) },
+		Root: filepath.Join(dir, "root"), State: filepath.Join(dir, "state"), RemoveNetwork: func() error { return builtin.Remove("", link) }, UnloadProfile: func() error { return nil },
 		NetNS: filepath.Join(dir, "netns"), Cgroup: fmt.Sprintf("smp-reset-test-%d", os.Getpid()),
 		Keepers: fmt.Sprintf("smp-reset-test-%d.keeper-*", os.Getpid()),
 		Marks:   filepath.Join(dir, "logs", "*", ".mark"),

@@ -8,13 +8,7 @@ import (
 	"github.com/moby/profiles/seccomp"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-
-	"sampan.dev/sampan/internal/host"
 )
-
-// DefaultAppArmorProfile is the profile of containers that ask for none or for
-// the runtime's default. Somebody has to load it.
-const DefaultAppArmorProfile = "sampan-default"
 
 // defaultMasked and defaultReadonly hide what a container has no business with.
 // The kubelet sends the same lists itself.
@@ -40,7 +34,7 @@ func confine(s *specs.Spec, in Input) error {
 	if s.Linux.Seccomp, err = seccompFilter(in, s); err != nil {
 		return err
 	}
-	if s.Process.ApparmorProfile, err = AppArmorProfile(in.Container, in.Host); err != nil {
+	if s.Process.ApparmorProfile, err = apparmor(in); err != nil {
 		return err
 	}
 	s.Process.SelinuxLabel = in.ProcessLabel
@@ -125,23 +119,42 @@ func seccompProfile(sc *runtimeapi.LinuxContainerSecurityContext) (*runtimeapi.S
 	return p, nil
 }
 
-// AppArmorProfile returns the name of the AppArmor profile of a container, or
-// "" for none. Where the host has no AppArmor, the default is none.
-func AppArmorProfile(c *runtimeapi.ContainerConfig, facts host.Facts) (string, error) {
-	const field = "linux.security_context.apparmor"
-	p, err := apparmorProfile(c.GetLinux().GetSecurityContext())
-	switch {
-	case err != nil || p == nil || p.ProfileType == runtimeapi.SecurityProfile_Unconfined:
-		return "", err
-	case p.ProfileType == runtimeapi.SecurityProfile_Localhost && !facts.AppArmor:
-		return "", impossible(field, p.LocalhostRef, "AppArmor is not enabled on this host", "enable it, or use Unconfined")
-	case !facts.AppArmor:
-		return "", nil
-	case p.ProfileType == runtimeapi.SecurityProfile_RuntimeDefault:
-		return DefaultAppArmorProfile, nil
-	}
-	return p.LocalhostRef, nil
+// AppArmorRequest is what a container asks of AppArmor.
+type AppArmorRequest struct {
+	Confined bool
+	Profile  string // the name of one that is on the node; empty for the runtime's default
+	Asked    bool   // in words, so that to run without it would be wrong
 }
+
+// AppArmorOf returns what a container asks of AppArmor. Who calls Build finds the
+// profile and gives its name as Input.AppArmorProfile.
+func AppArmorOf(c *runtimeapi.ContainerConfig) (AppArmorRequest, error) {
+	sc := c.GetLinux().GetSecurityContext()
+	p, err := apparmorProfile(sc)
+	if err != nil || p == nil || p.ProfileType == runtimeapi.SecurityProfile_Unconfined {
+		return AppArmorRequest{}, err
+	}
+	//lint:ignore SA1019 kubelets before 1.20 send nothing else
+	asked := sc.GetApparmor() != nil || sc.GetApparmorProfile() != ""
+	return AppArmorRequest{Confined: true, Profile: p.LocalhostRef, Asked: asked}, nil
+}
+
+// apparmor returns the profile for a spec.
+func apparmor(in Input) (string, error) {
+	r, err := AppArmorOf(in.Container)
+	switch {
+	case err != nil || !r.Confined || in.AppArmorProfile == "":
+		return "", err
+	case in.Handler.AppArmor:
+		return in.AppArmorProfile, nil
+	case r.Asked:
+		return "", impossible(AppArmorField, in.AppArmorProfile, "the handler's OCI runtime knows no AppArmor", "use another handler, or Unconfined")
+	}
+	return "", nil
+}
+
+// AppArmorField is the field that AppArmorOf reads, for errors.
+const AppArmorField = "linux.security_context.apparmor"
 
 // apparmorProfile returns the profile a container asks for, nil if privileged.
 // The deprecated string means the default when it is empty.
@@ -149,7 +162,7 @@ func apparmorProfile(sc *runtimeapi.LinuxContainerSecurityContext) (*runtimeapi.
 	if sc.GetPrivileged() {
 		return nil, nil
 	}
-	const field = "linux.security_context.apparmor"
+	const field = AppArmorField
 	p := sc.GetApparmor()
 	if p == nil {
 		var err error

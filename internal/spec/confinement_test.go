@@ -167,40 +167,47 @@ func TestAppArmorProfile(t *testing.T) {
 	profile := func(kind runtimeapi.SecurityProfile_ProfileType, ref string) *runtimeapi.SecurityProfile {
 		return &runtimeapi.SecurityProfile{ProfileType: kind, LocalhostRef: ref}
 	}
+	implied, asked := AppArmorRequest{Confined: true}, AppArmorRequest{Confined: true, Asked: true}
+	named := AppArmorRequest{Confined: true, Asked: true, Profile: "p"}
 	for _, tt := range []struct {
 		name       string
 		field      *runtimeapi.SecurityProfile
 		deprecated string
 		privileged bool
-		off        bool // AppArmor is off on the host
-		want       string
-		err        string
+		want       AppArmorRequest
 	}{
-		{name: "nothing is the default", want: DefaultAppArmorProfile},
-		{name: "nothing, off", off: true},
-		{name: "default, off", field: &runtimeapi.SecurityProfile{}, off: true},
+		{name: "nothing is the default", want: implied},
+		{name: "default", field: &runtimeapi.SecurityProfile{}, want: asked},
 		{name: "unconfined", field: profile(runtimeapi.SecurityProfile_Unconfined, "")},
-		{name: "localhost", field: profile(runtimeapi.SecurityProfile_Localhost, "p"), want: "p"},
-		{name: "localhost with prefix", field: profile(runtimeapi.SecurityProfile_Localhost, "localhost/p"), want: "p"},
-		{name: "string", deprecated: "localhost/p", want: "p"},
-		{name: "string default", deprecated: "runtime/default", want: DefaultAppArmorProfile},
+		{name: "localhost", field: profile(runtimeapi.SecurityProfile_Localhost, "p"), want: named},
+		{name: "localhost with prefix", field: profile(runtimeapi.SecurityProfile_Localhost, "localhost/p"), want: named},
+		{name: "string", deprecated: "localhost/p", want: named},
+		{name: "string default", deprecated: "runtime/default", want: asked},
 		{name: "string unconfined", deprecated: "unconfined"},
-		{name: "the field wins", field: profile(runtimeapi.SecurityProfile_Localhost, "localhost/p"), deprecated: "localhost/q", want: "p"},
+		{name: "the field wins", field: profile(runtimeapi.SecurityProfile_Localhost, "localhost/p"), deprecated: "localhost/q", want: named},
 		{name: "privileged", field: profile(runtimeapi.SecurityProfile_Localhost, "p"), privileged: true},
-		{name: "localhost, off", field: profile(runtimeapi.SecurityProfile_Localhost, "p"), off: true, err: "AppArmor is not enabled"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			in := testInput()
 			in.podContext().Privileged, in.context().Privileged = tt.privileged, tt.privileged
 			in.context().Apparmor, in.context().ApparmorProfile = tt.field, tt.deprecated
-			in.Host.AppArmor = !tt.off
-			s, err := build(in)
-			if tt.err != "" {
-				wantError(t, err, errdefs.ErrFailedPrecondition, tt.err)
-				return
+			got, err := AppArmorOf(in.Container)
+			if err != nil || got != tt.want {
+				t.Errorf("%+v, %v, want %+v", got, err, tt.want)
 			}
-			if err != nil || s.Process.ApparmorProfile != tt.want {
-				t.Errorf("profile %q, %v, want %q", s.Process.ApparmorProfile, err, tt.want)
+			found := ""
+			if tt.want.Confined {
+				found = "found"
+			}
+			in.AppArmorProfile = "found"
+			if s := mustBuild(t, in); s.Process.ApparmorProfile != found {
+				t.Errorf("spec has %q, want %q", s.Process.ApparmorProfile, found)
+			}
+			in.Handler.AppArmor = false
+			if s, err := build(in); tt.want.Asked {
+				wantError(t, err, errdefs.ErrFailedPrecondition, `apparmor: "found": the handler's OCI runtime knows no AppArmor`)
+			} else if err != nil || s.Process.ApparmorProfile != "" {
+				t.Errorf("handler without AppArmor: %q, %v", s.Process.ApparmorProfile, err)
 			}
 		})
 	}

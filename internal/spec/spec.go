@@ -51,6 +51,9 @@ type Input struct {
 
 	// SeccompProfile is the content of the file that SeccompFile names.
 	SeccompProfile []byte
+	// AppArmorProfile is the name of the loaded profile that fits AppArmorOf, empty
+	// for none.
+	AppArmorProfile string
 	// ProcessLabel and MountLabel are the SELinux labels, empty for none.
 	ProcessLabel, MountLabel string
 

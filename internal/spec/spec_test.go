@@ -169,7 +169,7 @@ var goldens = map[string]func(*Input){
 		sc.Seccomp = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault}
 		sc.MaskedPaths = []string{"/proc/kcore"}
 		sc.ReadonlyPaths = []string{"/proc/sys"}
-		in.Host.AppArmor = true
+		in.AppArmorProfile = "sampan-default"
 	},
 	"privileged": func(in *Input) {
 		in.podContext().Privileged = true
