@@ -5,6 +5,8 @@
 # make conformance  all of critest, not only what `make test` takes of it
 # make abuse        random requests, escapes, thousands of clients: more than `make test` has time for
 # make fuzz         every fuzz target for FUZZTIME (30s)
+# make bench        measure Sampan; ARGS="--only pods,exec" goes to sampan bench
+# make bench-compare  measure Sampan and Debian's containerd in turn, and write it to docs/
 # make check        formatting, vet, staticcheck
 # make generate     write the generated Go code anew (needs protoc)
 
@@ -79,6 +81,19 @@ fuzz:
 	@scripts/install-deps build
 	@$(MAKE) --no-print-directory embed
 	@FUZZTIME=$(FUZZTIME) scripts/fuzz
+
+# Results go to .cache/bench.
+BENCH = SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan SAMPAN_BENCH_ARGS="$(ARGS)" SAMPAN_BENCH_OUT=$(CURDIR)/.cache/bench
+.PHONY: bench bench-compare
+bench: build
+	@scripts/install-deps test
+	@mkdir -p .cache/bench
+	$(BENCH) SAMPAN_BENCH=sampan go test -count 1 -timeout 90m -v -run TestBench ./test/bench
+bench-compare: build
+	@scripts/install-deps test
+	@mkdir -p .cache/bench
+	$(BENCH) SAMPAN_BENCH=compare go test -count 1 -timeout 120m -v -run TestCompare ./test/bench
+	scripts/bench-docs .cache/bench/compare
 
 .PHONY: check
 check: .cache/bin/staticcheck

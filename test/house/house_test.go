@@ -31,7 +31,7 @@ const module = "sampan.dev/sampan/"
 // up, never sideways. A sub-package lives on its parent's floor, and may import
 // the rest of its family.
 var floors = [][]string{
-	{"internal/state", "internal/host", "internal/flight", "internal/config", "internal/embedded", "internal/hello", "internal/backlog"},
+	{"internal/state", "internal/host", "internal/flight", "internal/config", "internal/embedded", "internal/hello", "internal/backlog", "internal/bench"},
 	{"internal/spec", "internal/layer", "internal/registry", "internal/network", "internal/ociruntime", "internal/reset"},
 	{"internal/keeper", "internal/handler"},
 	{"internal/image"},
@@ -42,7 +42,7 @@ var floors = [][]string{
 }
 
 // speaksCRI lists who may import the CRI's types.
-var speaksCRI = []string{"internal/cri", "internal/spec", "internal/stream", "internal/stats", "internal/pod", "cmd/sampan"}
+var speaksCRI = []string{"internal/cri", "internal/spec", "internal/stream", "internal/stats", "internal/pod", "internal/bench", "cmd/sampan"}
 
 // pure lists what a package without I/O and clock must not import.
 var pure = map[string][]string{

@@ -64,6 +64,23 @@ func (d debs) file(pkg string) (string, error) {
 	return files[len(files)-1], nil
 }
 
+// Fetch downloads Debian packages to cache, unless they are there.
+func Fetch(ctx context.Context, cache string, packages ...string) error {
+	return debs{dir: filepath.Join(cache, "debs")}.fetch(ctx, packages...)
+}
+
+// Unpack unpacks a package that was fetched, with all its files.
+func Unpack(ctx context.Context, cache, pkg, dir string) error {
+	file, err := debs{dir: filepath.Join(cache, "debs")}.file(pkg)
+	if err != nil {
+		return err
+	}
+	if out, err := exec.CommandContext(ctx, "dpkg-deb", "-x", file, dir).CombinedOutput(); err != nil {
+		return fmt.Errorf("unpack %s: %w: %s", filepath.Base(file), err, out)
+	}
+	return nil
+}
+
 // useless is what no test needs of a package.
 var useless = []string{
 	"usr/share/doc/", "usr/share/man/", "usr/share/locale/", "usr/share/lintian/", "usr/share/bug/",

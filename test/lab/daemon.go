@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -39,6 +40,7 @@ type Lab struct {
 	Images  runtimeapi.ImageServiceClient
 
 	config string
+	level  string
 	log    *os.File
 	env    []string
 	daemon *exec.Cmd
@@ -52,6 +54,8 @@ type Options struct {
 	Config string // TOML to add to the daemon's configuration; tables only
 	Keys   string // top-level TOML keys to add
 	Root   string // instead of a directory of the lab
+
+	LogLevel string // of the daemon; "" is debug
 }
 
 // Subnet is where the pods' addresses come from.
@@ -63,7 +67,7 @@ func New(t testing.TB, o Options) *Lab {
 	Require(t)
 	dir, err := os.MkdirTemp(workDir(), "")
 	must(t, err)
-	l := &Lab{Dir: dir, Root: o.Root, State: "/run/sampan", Hosts: filepath.Join(dir, "certs.d")}
+	l := &Lab{Dir: dir, Root: o.Root, level: cmp.Or(o.LogLevel, "debug"), State: "/run/sampan", Hosts: filepath.Join(dir, "certs.d")}
 	l.Socket = filepath.Join(l.State, "sampan.sock")
 	if l.Root == "" {
 		l.Root = filepath.Join(dir, "root")
@@ -132,7 +136,7 @@ func (l *Lab) writeConfig(t testing.TB, o Options) {
 // Start runs the daemon and waits until it answers.
 func (l *Lab) Start(t testing.TB) {
 	t.Helper()
-	l.daemon = exec.Command(os.Getenv(Binary), "serve", "--config", l.config, "--log-level", "debug", "--log-format", "text")
+	l.daemon = exec.Command(os.Getenv(Binary), "serve", "--config", l.config, "--log-level", l.level, "--log-format", "text")
 	l.daemon.Stdout, l.daemon.Stderr, l.daemon.Env, l.daemon.Dir = l.log, l.log, l.env, l.Dir
 	must(t, l.daemon.Start())
 	l.exited = make(chan error, 1)
@@ -166,6 +170,24 @@ func (l *Lab) awaitAnswer(limit time.Duration) error {
 		conn.ResetConnectBackoff()
 	}
 	return fmt.Errorf("no answer in %v: %w", limit, last)
+}
+
+// Config is the daemon's configuration file.
+func (l *Lab) Config() string { return l.config }
+
+// Replace ends the daemon that answers, also if a program of the test has put it
+// in the place of the lab's own, and starts the lab's again.
+func (l *Lab) Replace(t testing.TB) {
+	t.Helper()
+	daemons, err := processes()
+	must(t, err)
+	for pid, args := range daemons {
+		if len(args) > 3 && args[1] == "serve" && args[3] == l.config {
+			must(t, unix.Kill(pid, unix.SIGKILL))
+		}
+	}
+	<-l.exited
+	l.Start(t)
 }
 
 // Kill sends the daemon SIGKILL and waits for its end.

@@ -33,8 +33,9 @@ const Binary = "SAMPAN_TEST_BIN"
 // runs the tests.
 const stage = "SAMPAN_LAB_STAGE"
 
-// Main runs a package's tests in a lab. It is all that TestMain does.
-func Main(m *testing.M) {
+// Main runs a package's tests in a lab. It is all that TestMain does. Before the
+// lab is entered, where there is a network, more is called with the cache.
+func Main(m *testing.M, more ...func(ctx context.Context, cache string) error) {
 	var code int
 	var err error
 	switch {
@@ -43,7 +44,7 @@ func Main(m *testing.M) {
 	case os.Getenv(stage) == "init":
 		code, err = asInit()
 	default:
-		code, err = enter()
+		code, err = enter(more)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "lab:", err)
@@ -63,13 +64,13 @@ func Require(t testing.TB) {
 // enter makes the tools and images, which may need the package registries, and
 // then starts this test binary again as the first process of a new lab. The lab
 // ends with it, however it ends.
-func enter() (int, error) {
+func enter(more []func(ctx context.Context, cache string) error) (int, error) {
 	if os.Geteuid() != 0 {
 		return 0, errors.New("must be root")
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 	defer cancel()
-	if err := prepare(ctx); err != nil {
+	if err := prepare(ctx, more); err != nil {
 		return 0, err
 	}
 	dir, err := os.MkdirTemp("", "lab-")

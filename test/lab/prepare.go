@@ -13,8 +13,8 @@ import (
 	"sampan.dev/sampan/test/images"
 )
 
-// cache is where packages, images and tools are kept between runs.
-func cache() (string, error) {
+// Cache is where packages, images and tools are kept between runs.
+func Cache() (string, error) {
 	root, err := repository()
 	if err != nil {
 		return "", err
@@ -25,14 +25,14 @@ func cache() (string, error) {
 // Tool is the path of one of the programs that prepare built: crictl, ginkgo,
 // critest.test, or a client's tests in test/clients.
 func Tool(name string) (string, error) {
-	dir, err := cache()
+	dir, err := Cache()
 	return filepath.Join(dir, "tools", name), err
 }
 
-// prepare builds the images and tools unless they are cached. One process does
-// it at a time.
-func prepare(ctx context.Context) error {
-	dir, err := cache()
+// prepare builds the images and tools unless they are cached, and whatever more
+// there is. One process does it at a time.
+func prepare(ctx context.Context, more []func(context.Context, string) error) error {
+	dir, err := Cache()
 	if err != nil {
 		return err
 	}
@@ -53,6 +53,11 @@ func prepare(ctx context.Context) error {
 	}
 	if err := os.Setenv("SAMPAN_LAB_IMAGES", set); err != nil {
 		return err
+	}
+	for _, build := range more {
+		if err := build(ctx, dir); err != nil {
+			return err
+		}
 	}
 	return buildTools(ctx, dir, set)
 }
