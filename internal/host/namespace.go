@@ -16,6 +16,12 @@ type Namespaces struct {
 	Net, IPC, UTS string            // absolute paths; their directories must exist
 	Hostname      string            // set in the new UTS namespace
 	Sysctls       map[string]string // applied inside the new namespaces
+
+	// User is a user namespace, which then owns the others; UIDs and GIDs are its
+	// ids, Holder is the path of sampan-init, which makes it.
+	User       string
+	UIDs, GIDs []IDRange
+	Holder     string
 }
 
 // Create makes and pins the namespaces. On error none of them stays. Pins that
@@ -45,7 +51,7 @@ type pin struct {
 
 func (n Namespaces) pins() []pin {
 	var pins []pin
-	for _, p := range []pin{{n.Net, "net", unix.CLONE_NEWNET}, {n.IPC, "ipc", unix.CLONE_NEWIPC}, {n.UTS, "uts", unix.CLONE_NEWUTS}} {
+	for _, p := range []pin{{n.Net, "net", unix.CLONE_NEWNET}, {n.IPC, "ipc", unix.CLONE_NEWIPC}, {n.UTS, "uts", unix.CLONE_NEWUTS}, {n.User, "user", 0}} {
 		if p.path != "" {
 			pins = append(pins, p)
 		}
@@ -59,21 +65,55 @@ func (n Namespaces) create() error {
 	for _, p := range n.pins() {
 		flags |= p.flag
 	}
-	if err := unix.Unshare(flags); err != nil {
-		return fmt.Errorf("unshare: %w", err)
+	if n.User == "" {
+		if err := unix.Unshare(flags); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		return n.furnish("/proc/thread-self/ns/")
 	}
+	return inUserNamespace(n.Holder, n.UIDs, n.GIDs, flags, func(pid int) error {
+		process, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			return fmt.Errorf("open process %d: %w", pid, err)
+		}
+		defer unix.Close(process)
+		// Into all but the user namespace, which no thread of ours can join.
+		if err := unix.Setns(process, flags); err != nil && flags != 0 {
+			return fmt.Errorf("join namespaces: %w", err)
+		}
+		return n.furnish(procNS(pid, ""))
+	})
+}
+
+// furnish sets up the namespaces, which the calling thread is in, and pins those
+// that are in the directory dir.
+func (n Namespaces) furnish(dir string) error {
 	if n.UTS != "" && n.Hostname != "" {
 		if err := unix.Sethostname([]byte(n.Hostname)); err != nil {
 			return fmt.Errorf("set hostname %q: %w", n.Hostname, err)
 		}
 	}
-	for name, value := range n.Sysctls {
-		if err := WriteSysctl(name, value); err != nil {
+	if err := n.writeSysctls(); err != nil {
+		return err
+	}
+	for _, p := range n.pins() {
+		if err := Pin(dir+p.name, p.path); err != nil {
 			return err
 		}
 	}
-	for _, p := range n.pins() {
-		if err := Pin("/proc/thread-self/ns/"+p.name, p.path); err != nil {
+	return nil
+}
+
+// writeSysctls writes the sysctls of the namespaces that the calling thread is in.
+// Those of an IPC namespace are its owner's root's alone to write, no capability
+// helps.
+func (n Namespaces) writeSysctls() error {
+	for name, value := range n.Sysctls {
+		err := WriteSysctl(name, value)
+		if n.User != "" && errors.Is(err, unix.EACCES) {
+			err = asUser(n.UIDs[0].Outside, func() error { return WriteSysctl(name, value) })
+		}
+		if err != nil {
 			return err
 		}
 	}
