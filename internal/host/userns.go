@@ -99,10 +99,11 @@ func writeIDs(pid int, uids, gids []IDRange) error {
 // mounted anywhere yet. What belongs to id N on the file system belongs to whoever N
 // is in the user namespace at userns, a file of /proc/PID/ns or a pin. Mounts below
 // path are not part of it. It goes when it is closed, unless it was attached.
+// Attributes are those of a mount that it has beside, such as MOUNT_ATTR_RDONLY.
 //
 // The error is EINVAL if the file system cannot do that, and EPERM if the mount
 // at path is of this kind already.
-func IDMapped(path, userns string) (*os.File, error) {
+func IDMapped(path, userns string, attributes uint64) (*os.File, error) {
 	ns, err := os.Open(userns)
 	if err != nil {
 		return nil, fmt.Errorf("map the ids of %s: %w", path, err)
@@ -113,16 +114,16 @@ func IDMapped(path, userns string) (*os.File, error) {
 		return nil, fmt.Errorf("map the ids of %s: %w", path, err)
 	}
 	tree := os.NewFile(uintptr(fd), path)
-	if err := mapIDs(tree, ns); err != nil {
+	if err := mapIDs(tree, ns, attributes); err != nil {
 		tree.Close()
 		return nil, fmt.Errorf("map the ids of %s: %w", path, err)
 	}
 	return tree, nil
 }
 
-func mapIDs(mount, userns *os.File) error {
+func mapIDs(mount, userns *os.File, attributes uint64) error {
 	return unix.MountSetattr(int(mount.Fd()), "", unix.AT_EMPTY_PATH, &unix.MountAttr{
-		Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(userns.Fd()),
+		Attr_set: unix.MOUNT_ATTR_IDMAP | attributes, Userns_fd: uint64(userns.Fd()),
 	})
 }
 
@@ -143,7 +144,7 @@ func ProbeUserNamespaces(dir, holder string) error {
 	ids := []IDRange{{0, probeID, 1}}
 	return inUserNamespace(holder, ids, ids, 0, func(pid int) error {
 		userns := procNS(pid, "user")
-		tree, err := IDMapped(dir, userns)
+		tree, err := IDMapped(dir, userns, unix.MOUNT_ATTR_RDONLY)
 		if err != nil {
 			return err
 		}
@@ -155,7 +156,7 @@ func ProbeUserNamespaces(dir, holder string) error {
 			if err := unix.Mount("none", dir, "tmpfs", 0, "mode=755,size=64k"); err != nil {
 				return fmt.Errorf("mount tmpfs on %s: %w", dir, err)
 			}
-			inMemory, err := IDMapped(dir, userns)
+			inMemory, err := IDMapped(dir, userns, 0)
 			if err != nil {
 				return fmt.Errorf("tmpfs: %w", err)
 			}

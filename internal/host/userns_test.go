@@ -62,7 +62,7 @@ func TestUserNamespaceOwnsTheOthers(t *testing.T) {
 		}
 		unix.Close(owner)
 	}
-	tree, err := IDMapped(dir, n.User)
+	tree, err := IDMapped(dir, n.User, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

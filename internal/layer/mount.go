@@ -27,6 +27,10 @@ type MountSpec struct {
 	Target   string          // the mount point; made if absent
 	ReadOnly bool            // no Upper and Work then
 	Label    string          // SELinux label for all files, or empty
+	// UserNS is where a user namespace is pinned, to whose users the files of the
+	// layers belong: what is user 0's in a layer is its root's. Empty for the
+	// host's.
+	UserNS string
 }
 
 // mounter remembers what the kernel's overlayfs cannot do.
@@ -67,20 +71,57 @@ func (s *Store) mount(m MountSpec) error {
 	if err := m.prepare(); err != nil {
 		return err
 	}
+	if m.UserNS == "" {
+		return s.mountFrom(view(s.root), m, stack)
+	}
+	return s.mountMapped(m, stack)
+}
+
+// mountMapped mounts with the ids of a user namespace. Overlayfs sees whose a file is
+// through the mount that its layer is found on, and keeps a copy of that mount. So
+// there is one such mount for a moment, of the directory that all layers are in:
+// their number does not matter. It is read-only: nothing that goes wrong with it can
+// harm the layers.
+func (s *Store) mountMapped(m MountSpec, stack []record) (err error) {
+	tree, err := host.IDMapped(s.root, m.UserNS, unix.MOUNT_ATTR_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer tree.Close()
+	place := m.Target + ".layers"
+	if err := os.MkdirAll(place, 0o700); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Unmount(place), os.Remove(place)) }()
+	if err := host.Attach(tree, place); err != nil {
+		return err
+	}
+	return s.mountFrom(view(place), m, stack)
+}
+
+// view is the path at which the directory with the layers is seen.
+type view string
+
+func (v view) trees() string { return filepath.Join(string(v), "tree") }
+
+// tree returns the directory of a layer's files.
+func (v view) tree(r record) string { return filepath.Join(v.trees(), name(r.DiffID)) }
+
+func (s *Store) mountFrom(v view, m MountSpec, stack []record) error {
 	if !m.ReadOnly {
-		if err := s.makeUpper(stack, m.Upper); err != nil {
+		if err := v.makeUpper(stack, m.Upper); err != nil {
 			return err
 		}
 	}
 	lower := lowerDirs(stack, m.ReadOnly)
 	if !s.mounts.noAppend.Load() {
-		err := s.mountNew(m, lower)
+		err := v.mountNew(m, lower)
 		if !errors.Is(err, errNoAppend) {
 			return err
 		}
 		s.mounts.noAppend.Store(true)
 	}
-	return s.mountClassic(m, lower)
+	return v.mountClassic(m, lower)
 }
 
 // stack returns the layers that can be seen, top first. Below one with an opaque
@@ -134,8 +175,9 @@ func (m MountSpec) prepare() error {
 }
 
 // makeUpper makes the writable layer, unless it exists: then it holds what a
-// container wrote, and is left alone.
-func (s *Store) makeUpper(stack []record, upper string) error {
+// container wrote, and is left alone. Like the container's own files, it belongs to
+// whom the view shows as root.
+func (v view) makeUpper(stack []record, upper string) error {
 	if _, err := os.Lstat(upper); err == nil {
 		return nil
 	}
@@ -146,7 +188,10 @@ func (s *Store) makeUpper(stack []record, upper string) error {
 	if err := os.MkdirAll(fresh, 0o755); err != nil {
 		return err
 	}
-	if err := s.restore(stack, fresh); err != nil {
+	if err := copyOwner(string(v), fresh); err != nil {
+		return errors.Join(err, os.RemoveAll(fresh))
+	}
+	if err := v.restore(stack, fresh); err != nil {
 		return errors.Join(err, os.RemoveAll(fresh))
 	}
 	return os.Rename(fresh, upper)
@@ -174,14 +219,14 @@ var errNoAppend = errors.New("overlayfs does not know lowerdir+")
 
 // mountNew mounts by the file system context calls: one call per lower
 // directory, so that their number and the length of their names do not matter.
-func (s *Store) mountNew(m MountSpec, lower []string) error {
+func (v view) mountNew(m MountSpec, lower []string) error {
 	fsfd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return errNoAppend
 	}
 	defer unix.Close(fsfd)
 	for _, dir := range lower {
-		if err := unix.FsconfigSetString(fsfd, "lowerdir+", s.path("tree", dir)); err != nil {
+		if err := unix.FsconfigSetString(fsfd, "lowerdir+", filepath.Join(v.trees(), dir)); err != nil {
 			return errNoAppend
 		}
 	}
@@ -213,7 +258,7 @@ func (s *Store) mountNew(m MountSpec, lower []string) error {
 
 // mountClassic mounts by mount(2), which takes all options in one page: lower
 // directories are named relative to the directory they are in.
-func (s *Store) mountClassic(m MountSpec, lower []string) error {
+func (v view) mountClassic(m MountSpec, lower []string) error {
 	options := append(m.options(), "lowerdir="+strings.Join(lower, ":"))
 	for i, o := range options[:len(options)-1] {
 		options[i] = strings.NewReplacer(`\`, `\\`, `,`, `\,`).Replace(o)
@@ -226,7 +271,7 @@ func (s *Store) mountClassic(m MountSpec, lower []string) error {
 	if m.ReadOnly {
 		flags |= unix.MS_RDONLY
 	}
-	return host.InDir(s.path("tree"), func() error {
+	return host.InDir(v.trees(), func() error {
 		if err := unix.Mount("overlay", m.Target, "overlay", flags, data); err != nil {
 			return fmt.Errorf("overlayfs: %w", err)
 		}

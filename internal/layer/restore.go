@@ -20,8 +20,8 @@ import (
 // one of them.
 //
 // Most images need this for the root only.
-func (s *Store) restore(stack []record, upper string) error {
-	if err := s.restoreOne(stack, ".", upper); err != nil {
+func (v view) restore(stack []record, upper string) error {
+	if err := v.restoreOne(stack, ".", upper); err != nil {
 		return fmt.Errorf("attributes of /: %w", err)
 	}
 	var implicit []string
@@ -33,7 +33,7 @@ func (s *Store) restore(stack []record, upper string) error {
 		if dir == "." {
 			continue
 		}
-		if err := s.restoreOne(stack, dir, upper); err != nil {
+		if err := v.restoreOne(stack, dir, upper); err != nil {
 			return fmt.Errorf("attributes of /%s: %w", dir, err)
 		}
 	}
@@ -41,12 +41,12 @@ func (s *Store) restore(stack []record, upper string) error {
 }
 
 // restoreOne restores one directory, if it needs to be.
-func (s *Store) restoreOne(stack []record, dir, upper string) error {
-	source, ok := s.describedBelow(stack, dir)
+func (v view) restoreOne(stack []record, dir, upper string) error {
+	source, ok := v.describedBelow(stack, dir)
 	if !ok {
 		return nil
 	}
-	if ok, err := s.showParents(stack, filepath.Dir(dir), upper); err != nil || !ok {
+	if ok, err := v.showParents(stack, filepath.Dir(dir), upper); err != nil || !ok {
 		return err
 	}
 	return copyDirectory(source, filepath.Join(upper, dir))
@@ -54,15 +54,15 @@ func (s *Store) restoreOne(stack []record, dir, upper string) error {
 
 // showParents makes dir and what is above it in upper, each as it is seen in the
 // stack. It reports false if dir is not seen as a directory.
-func (s *Store) showParents(stack []record, dir, upper string) (bool, error) {
+func (v view) showParents(stack []record, dir, upper string) (bool, error) {
 	if isDirectory(upper, dir) {
 		return true, nil
 	}
-	if ok, err := s.showParents(stack, filepath.Dir(dir), upper); err != nil || !ok {
+	if ok, err := v.showParents(stack, filepath.Dir(dir), upper); err != nil || !ok {
 		return false, err
 	}
 	for _, r := range stack {
-		if tree := s.Path(r.DiffID); isDirectory(tree, dir) {
+		if tree := v.tree(r); isDirectory(tree, dir) {
 			return true, copyDirectory(filepath.Join(tree, dir), filepath.Join(upper, dir))
 		} else if hides(tree, dir) {
 			break
@@ -74,10 +74,10 @@ func (s *Store) showParents(stack []record, dir, upper string) (bool, error) {
 // describedBelow returns the topmost directory called dir whose layer describes
 // it, if a layer above has it undescribed or it is the root. A layer that hides
 // what is below ends the search.
-func (s *Store) describedBelow(stack []record, dir string) (source string, ok bool) {
+func (v view) describedBelow(stack []record, dir string) (source string, ok bool) {
 	undescribed := dir == "."
 	for _, r := range stack {
-		tree := s.Path(r.DiffID)
+		tree := v.tree(r)
 		_, implicit := slices.BinarySearch(r.Implicit, dir)
 		switch {
 		case implicit && isDirectory(tree, dir):
@@ -141,6 +141,14 @@ func copyDirectory(source, target string) error {
 		return err
 	}
 	return copyAttributes(source, target)
+}
+
+func copyOwner(source, target string) error {
+	var st unix.Stat_t
+	if err := unix.Lstat(source, &st); err != nil {
+		return fmt.Errorf("owner of %s: %w", source, err)
+	}
+	return os.Lchown(target, int(st.Uid), int(st.Gid))
 }
 
 // copyAttributes gives target the owner, mode and times of source, and those of
