@@ -40,7 +40,7 @@ func (s *runtimeService) Status(ctx context.Context, r *runtimeapi.StatusRequest
 			{Type: runtimeapi.RuntimeReady, Status: true}, network,
 		}},
 		RuntimeHandlers: s.handlers(reports),
-		Features:        &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true},
+		Features:        &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true, UserNamespacesHostNetwork: true},
 	}
 	if s.cfg.Facts.AppArmor {
 		resp.Status.Conditions = append(resp.Status.Conditions, s.apparmor())
@@ -78,7 +78,10 @@ func (s *runtimeService) reports(ctx context.Context) (map[string]handler.Report
 func (s *runtimeService) handlers(reports map[string]handler.Report) []*runtimeapi.RuntimeHandler {
 	features := func(name string) *runtimeapi.RuntimeHandlerFeatures {
 		can := reports[name].Features
-		return &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: can.RecursiveReadOnly && s.cfg.Facts.RecursiveReadOnly}
+		return &runtimeapi.RuntimeHandlerFeatures{
+			RecursiveReadOnlyMounts: can.RecursiveReadOnly && s.cfg.Facts.RecursiveReadOnly,
+			UserNamespaces:          can.UserNamespacedPods() && s.cfg.Pods.HostUserNamespaces() == nil,
+		}
 	}
 	list := []*runtimeapi.RuntimeHandler{{Name: "", Features: features(s.cfg.DefaultHandler)}}
 	for _, name := range s.cfg.Handlers.Names() {

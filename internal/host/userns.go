@@ -16,6 +16,54 @@ import (
 // outside of it.
 type IDRange struct{ Inside, Outside, Size uint32 }
 
+// Outside returns what an id of a user namespace is outside, and false if the namespace
+// has no such id.
+func Outside(ids []IDRange, inside uint32) (uint32, bool) {
+	for _, r := range ids {
+		if inside >= r.Inside && inside-r.Inside < r.Size {
+			return r.Outside + (inside - r.Inside), true
+		}
+	}
+	return 0, false
+}
+
+// IDsOf returns the ids of the user namespace that a process is in, none if it is
+// the caller's.
+func IDsOf(pid int) (uids, gids []IDRange, err error) {
+	dir := "/proc/" + strconv.Itoa(pid)
+	theirs, err := os.Readlink(dir + "/ns/user")
+	if err != nil {
+		return nil, nil, fmt.Errorf("user namespace of process %d: %w", pid, err)
+	}
+	ours, err := os.Readlink("/proc/self/ns/user")
+	if err != nil || theirs == ours {
+		return nil, nil, err
+	}
+	if uids, err = readIDs(dir + "/uid_map"); err != nil {
+		return nil, nil, fmt.Errorf("ids of process %d: %w", pid, err)
+	}
+	if gids, err = readIDs(dir + "/gid_map"); err != nil {
+		return nil, nil, fmt.Errorf("ids of process %d: %w", pid, err)
+	}
+	return uids, gids, nil
+}
+
+func readIDs(path string) ([]IDRange, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var ids []IDRange
+	for line := range strings.Lines(string(data)) {
+		var r IDRange
+		if _, err := fmt.Sscan(line, &r.Inside, &r.Outside, &r.Size); err != nil {
+			return nil, fmt.Errorf("%s: %q: %w", path, line, err)
+		}
+		ids = append(ids, r)
+	}
+	return ids, nil
+}
+
 // holdTime bounds how long the kernel may take to make namespaces.
 const holdTime = 10 * time.Second
 

@@ -132,7 +132,8 @@ type CreateRequest struct {
 	// Bundle is a directory with config.json; relative paths in it are relative
 	// to the bundle. It must stay as it is until Delete. linux.cgroupsPath is
 	// set, in the form that the runtime's cgroup driver takes, and names a
-	// cgroup that is the container's alone.
+	// cgroup that is the container's alone. linux.uidMappings and gidMappings tell
+	// the ids of a user namespace that exists already too.
 	Bundle string
 
 	// Stdio of the first process, unused if config.json has process.terminal.
@@ -153,7 +154,8 @@ type ExecRequest struct {
 // The files stay the caller's, who may close them when the call returns. The
 // process gets them in blocking mode: O_NONBLOCK is cleared, which holds for
 // everybody who shares the open file. If they are pipes or FIFOs, they are owned
-// by the process' user afterwards, so that it can open /dev/stdout.
+// by the process' user afterwards, who in a user namespace is another one outside, so
+// that it can open /dev/stdout.
 type Stdio struct {
 	Stdin, Stdout, Stderr *os.File
 }

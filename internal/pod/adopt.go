@@ -16,6 +16,7 @@ import (
 
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
+	"sampan.dev/sampan/internal/spec"
 	"sampan.dev/sampan/internal/state"
 )
 
@@ -29,6 +30,7 @@ func Open(cfg Config) (*Pods, error) {
 		containers: make(map[string]*Container),
 	}
 	s.ops.Limit = maxOperation
+	s.hostUserNamespaces = sync.OnceValue(func() error { return host.ProbeUserNamespaces(cfg.Root, cfg.Init) })
 	s.keepers = keepers{dial: cfg.Keeper, follow: s.follow, all: make(map[string]*keeperConn)}
 	if err := s.paths.make(); err != nil {
 		return nil, fmt.Errorf("open pods: %w", err)
@@ -93,6 +95,8 @@ func (s *Pods) loadPod(id string) *Pod {
 		p.phase, p.problem = stopped, "the machine was restarted"
 	case p.NetNS != "" && !host.Pinned(p.NetNS):
 		p.phase, p.problem = stopped, "its network namespace is gone"
+	case spec.NamespacesOf(p.Config.PodSandboxConfig).User && !host.Pinned(s.pinned(id, "user")):
+		p.phase, p.problem = stopped, "its user namespace is gone"
 	default:
 		p.phase, p.ips = ready, r.IPs
 	}

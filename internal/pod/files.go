@@ -43,6 +43,9 @@ func (s *Pods) writeFiles(p *Pod, ips []string, fromNetwork network.DNS) error {
 		if err := os.Chmod(path, 0o644); err != nil {
 			return err
 		}
+		if err := p.giveToRoot(path); err != nil {
+			return err
+		}
 	}
 	return nil
 }

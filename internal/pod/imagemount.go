@@ -62,8 +62,9 @@ func (c *Container) images() []string {
 }
 
 // mountImages mounts the container's image volumes, each in a place of its own,
-// and returns the source of each of the container's mounts that is one.
-func (s *Pods) mountImages(ctx context.Context, c *Container) ([]string, error) {
+// and returns the source of each of the container's mounts that is one. Their files
+// belong to the users of the pod's user namespace.
+func (s *Pods) mountImages(ctx context.Context, p *Pod, c *Container) ([]string, error) {
 	sources := make([]string, len(c.Config.GetMounts()))
 	for i, m := range c.Config.GetMounts() {
 		want, ok := c.MountImages[i]
@@ -72,7 +73,7 @@ func (s *Pods) mountImages(ctx context.Context, c *Container) ([]string, error) 
 		}
 		field := fmt.Sprintf("mounts[%d].image", i)
 		target := filepath.Join(s.paths.images(c.ID), strconv.Itoa(i))
-		if err := s.mountImage(ctx, c.ID, want.ID, target); err != nil {
+		if err := s.mountImage(ctx, c.ID, want.ID, layer.MountSpec{Target: target, ReadOnly: true, UserNS: s.namespaces(p).User}); err != nil {
 			return nil, imageMountError(field, err)
 		}
 		var err error
@@ -83,15 +84,16 @@ func (s *Pods) mountImages(ctx context.Context, c *Container) ([]string, error) 
 	return sources, nil
 }
 
-func (s *Pods) mountImage(ctx context.Context, holder, id, target string) error {
+func (s *Pods) mountImage(ctx context.Context, holder, id string, m layer.MountSpec) error {
 	image, err := s.cfg.Images.Acquire(id, holder)
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(target, 0o711); err != nil {
+	if err := os.MkdirAll(m.Target, 0o711); err != nil {
 		return err
 	}
-	return s.cfg.Layers.Mount(ctx, layer.MountSpec{Layers: image.Layers, Target: target, ReadOnly: true})
+	m.Layers = image.Layers
+	return s.cfg.Layers.Mount(ctx, m)
 }
 
 // pathInImage follows a path, and the links in it, inside a mounted image. Nobody

@@ -33,7 +33,7 @@ func (s *Pods) startInit(ctx context.Context, p *Pod) error {
 	oci, err := spec.BuildInit(spec.Input{
 		PodID: p.ID, ContainerID: p.ID, Pod: p.Config.PodSandboxConfig, Rootfs: rootfs,
 		Hostname: hostname(p.Config.PodSandboxConfig), CgroupsPath: s.cgroupsPath(p, p.ID),
-		Namespaces: spec.Namespaces{Network: pins.Net, IPC: pins.IPC, UTS: pins.UTS}, Host: s.cfg.Facts,
+		Namespaces: spec.Namespaces{Network: pins.Net, IPC: pins.IPC, UTS: pins.UTS, User: pins.User}, Host: s.cfg.Facts,
 	}, "/init")
 	if err != nil {
 		return err

@@ -131,6 +131,8 @@ type Pods struct {
 	updates network.Locks                // of containers' limits, by their id
 	work    sync.WaitGroup               // in the background
 
+	hostUserNamespaces func() error // nil, or why there are none; tried out once
+
 	events events
 
 	mu         sync.RWMutex // guards the maps; no other lock is taken while it is held

@@ -44,10 +44,11 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	}
 	if err := s.cfg.Layers.Mount(ctx, layer.MountSpec{
 		Layers: image.Layers, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), Target: rootfs,
+		UserNS: s.namespaces(p).User,
 	}); err != nil {
 		return nil, err
 	}
-	images, err := s.mountImages(ctx, c)
+	images, err := s.mountImages(ctx, p, c)
 	if err != nil {
 		return nil, err
 	}
@@ -104,10 +105,10 @@ func (s *Pods) specInput(ctx context.Context, p *Pod, c *Container, image Image,
 	if in.Namespaces, err = s.specNamespaces(p, c.Config.ContainerConfig); err != nil {
 		return in, err
 	}
-	if in.Sources, err = mountSources(p.Config.GetMetadata().GetUid(), c.Config.GetMounts(), images); err != nil {
+	if in.Sources, err = s.mountSources(p, c.Config.GetMounts(), images); err != nil {
 		return in, err
 	}
-	if in.Volumes, err = s.imageVolumes(c, image, rootfs); err != nil {
+	if in.Volumes, err = s.imageVolumes(p, c, image, rootfs); err != nil {
 		return in, err
 	}
 	if err := addDevices(&in, c.Config.ContainerConfig); err != nil {
@@ -155,7 +156,7 @@ func readInRoot(root, name string) ([]byte, error) {
 
 func (s *Pods) specNamespaces(p *Pod, config *runtimeapi.ContainerConfig) (spec.Namespaces, error) {
 	pins := s.namespaces(p)
-	ns := spec.Namespaces{Network: pins.Net, IPC: pins.IPC, UTS: pins.UTS}
+	ns := spec.Namespaces{Network: pins.Net, IPC: pins.IPC, UTS: pins.UTS, User: pins.User}
 	switch mode, target := spec.PIDMode(p.Config.PodSandboxConfig, config); mode {
 	case runtimeapi.NamespaceMode_POD:
 		ns.PID = s.pinned(p.ID, "pid")
@@ -195,7 +196,7 @@ func (s *Pods) apparmorProfile(ctx context.Context, config *runtimeapi.Container
 // without a type, and cannot say which mounts these are. So it is made, unless
 // it is a volume the kubelet itself has set up for the pod: if that is gone, an
 // empty directory would pass for the data.
-func mountSources(podUID string, mounts []*runtimeapi.Mount, images []string) ([]spec.Source, error) {
+func (s *Pods) mountSources(p *Pod, mounts []*runtimeapi.Mount, images []string) ([]spec.Source, error) {
 	sources := make([]spec.Source, len(mounts))
 	for i, m := range mounts {
 		field := fmt.Sprintf("mounts[%d].host_path", i)
@@ -203,9 +204,14 @@ func mountSources(podUID string, mounts []*runtimeapi.Mount, images []string) ([
 			sources[i].Path = images[i]
 			continue
 		}
-		path, err := mountSource(podUID, m.GetHostPath())
+		path, err := mountSource(p.Config.GetMetadata().GetUid(), m.GetHostPath())
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", field, err)
+		}
+		if len(m.GetUidMappings()) > 0 {
+			if err := checkMappable(path, s.namespaces(p).User); err != nil {
+				return nil, fmt.Errorf("%s: %w", field, err)
+			}
 		}
 		sources[i].Path = path
 		if m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_PRIVATE {
@@ -239,11 +245,14 @@ func mountSource(podUID, path string) (string, error) {
 
 // imageVolumes makes a directory for each VOLUME of the image, with what the
 // image has there.
-func (s *Pods) imageVolumes(c *Container, image Image, rootfs string) (map[string]string, error) {
+func (s *Pods) imageVolumes(p *Pod, c *Container, image Image, rootfs string) (map[string]string, error) {
 	volumes := make(map[string]string)
 	for i, path := range spec.ImageVolumes(c.Config.ContainerConfig, image.Config) {
 		dir := filepath.Join(s.paths.container(c.ID), "volumes", strconv.Itoa(i))
 		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, err
+		}
+		if err := p.giveToRoot(dir); err != nil {
 			return nil, err
 		}
 		// The rootfs is not in use yet, so that nobody can swap links under this.

@@ -31,6 +31,11 @@ func (s *Pods) Run(ctx context.Context, config *runtimeapi.PodSandboxConfig, han
 	if err != nil {
 		return "", err
 	}
+	if spec.NamespacesOf(config).User {
+		if err := s.admitUserNamespace(ctx, runtime); err != nil {
+			return "", err
+		}
+	}
 	m := config.GetMetadata()
 	key := strings.Join([]string{"run", m.GetNamespace(), m.GetName(), m.GetUid(), fmt.Sprint(m.GetAttempt())}, "\x00")
 	id, err := s.ops.Do(ctx, key, func(ctx context.Context) (string, error) {
@@ -137,9 +142,6 @@ func (s *Pods) setUp(ctx context.Context, p *Pod) error {
 	if err != nil {
 		return err
 	}
-	if spec.NamespacesOf(p.Config.PodSandboxConfig).User {
-		return fmt.Errorf("linux.security_context.namespace_options.userns_options: pods with a user namespace are not supported yet: %w", errdefs.ErrNotImplemented)
-	}
 	if err := os.MkdirAll(filepath.Join(s.paths.podState(p.ID), "ns"), 0o711); err != nil {
 		return err
 	}
@@ -193,6 +195,10 @@ func (s *Pods) namespaces(p *Pod) host.Namespaces {
 	}
 	if has.UTS {
 		n.UTS = s.pinned(p.ID, "uts")
+	}
+	if has.User {
+		n.User, n.Holder = s.pinned(p.ID, "user"), s.cfg.Init
+		n.UIDs, n.GIDs = spec.UserIDs(p.Config.PodSandboxConfig)
 	}
 	return n
 }
@@ -370,8 +376,9 @@ func (s *Pods) mountShm(p *Pod) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	const size = "mode=1777,size=65536k"
-	if err := unix.Mount("shm", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, size); err != nil {
+	uid, gid := spec.RootOf(p.Config.PodSandboxConfig)
+	options := fmt.Sprintf("mode=1777,size=65536k,uid=%d,gid=%d", uid, gid)
+	if err := unix.Mount("shm", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, options); err != nil {
 		return fmt.Errorf("mount /dev/shm of the pod: %w", err)
 	}
 	return nil

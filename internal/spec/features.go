@@ -19,6 +19,10 @@ type Features struct {
 	MountOptions []string
 }
 
+// UserNamespacedPods reports whether pods can have user namespaces as Kubernetes means
+// it: with volumes.
+func (f Features) UserNamespacedPods() bool { return f.UserNamespaces && f.IDMappedMounts }
+
 func (f Features) knowsMountOption(o string) bool {
 	return slices.Contains(oldBindOptions, o) || slices.Contains(f.MountOptions, o)
 }
@@ -40,7 +44,7 @@ var oldBindOptions = []string{
 // the kernel alone.
 func BuiltinFeatures() Features {
 	return Features{
-		RecursiveReadOnly: true, Seccomp: true, AppArmor: true, SELinux: true,
+		RecursiveReadOnly: true, UserNamespaces: true, IDMappedMounts: true, Seccomp: true, AppArmor: true, SELinux: true,
 		MountOptions: slices.Clone(bindOptions),
 	}
 }

@@ -6,10 +6,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/internal/host"
 )
 
 const (
-	// nobody is who a pod's init runs as if the pod does not say.
+	// nobody is who a pod's init runs as if the pod does not say, or the last
+	// user of a user namespace that has fewer.
 	nobody = 65534
 	// initOOMScoreAdj keeps a pod's init from being killed in place of what
 	// took the memory; the kubelet gives it to what it cannot do without.
@@ -27,12 +30,13 @@ const (
 func BuildInit(in Input, args ...string) (*specs.Spec, error) {
 	sc := in.Pod.GetLinux().GetSecurityContext()
 	user := sc.GetRunAsUser()
+	uids, gids := UserIDs(in.Pod)
 	if user == nil {
-		user = &runtimeapi.Int64Value{Value: nobody}
+		user = lastOf(uids)
 	}
 	group := sc.GetRunAsGroup()
 	if group == nil {
-		group = &runtimeapi.Int64Value{Value: nobody}
+		group = lastOf(gids)
 	}
 	in.Container = &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: "init"},
@@ -59,4 +63,13 @@ func BuildInit(in Input, args ...string) (*specs.Spec, error) {
 	s.Annotations = sandboxAnnotations(in)
 	s.Mounts = slices.DeleteFunc(s.Mounts, func(m specs.Mount) bool { return m.Destination != "/proc" && m.Destination != "/dev" })
 	return s, nil
+}
+
+// lastOf returns nobody, or the last id of a user namespace that has fewer.
+func lastOf(ids []host.IDRange) *runtimeapi.Int64Value {
+	last := int64(nobody)
+	if len(ids) > 0 {
+		last = min(last, int64(ids[0].Size)-1)
+	}
+	return &runtimeapi.Int64Value{Value: last}
 }

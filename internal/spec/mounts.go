@@ -43,6 +43,9 @@ func mounts(s *specs.Spec, in Input) error {
 
 func depth(p string) int { return strings.Count(path.Clean(p), "/") }
 
+// ttyGroup is the group of terminals, the same in all distributions.
+const ttyGroup = 5
+
 // systemMounts are the kernel's file systems every container has.
 func systemMounts(in Input) []specs.Mount {
 	access := "ro"
@@ -56,10 +59,14 @@ func systemMounts(in Input) []specs.Mount {
 		// sysfs can be mounted only by whoever owns the network namespace.
 		sys = specs.Mount{Destination: "/sys", Type: "bind", Source: "/sys", Options: []string{"rbind", "nosuid", "noexec", "nodev", access}}
 	}
+	terminals := []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"}
+	if hasGroup(in.Pod, ttyGroup) {
+		terminals = append(terminals, fmt.Sprintf("gid=%d", ttyGroup))
+	}
 	return []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
 		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
-		{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
+		{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: terminals},
 		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
 		sys,
 		{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"nosuid", "noexec", "nodev", "relatime", access}},
@@ -151,14 +158,22 @@ func ownMount(in Input, i int, m *runtimeapi.Mount) (specs.Mount, error) {
 		// container's own options come later and can say exec.
 		options = append(options, "nosuid", "nodev", "noexec")
 	}
-	return specs.Mount{
+	mount := specs.Mount{
 		Destination: m.GetContainerPath(),
 		Type:        "bind",
 		Source:      source.Path,
 		Options:     append(options, m.GetMountOptions()...),
-		UIDMappings: idMappings(m.GetUidMappings()),
-		GIDMappings: idMappings(m.GetGidMappings()),
-	}, nil
+	}
+	if m.GetImage() == nil {
+		if len(m.GetUidMappings()) > 0 && !in.Handler.IDMappedMounts {
+			// It would ignore them, and the volume would not be the pod's.
+			return specs.Mount{}, impossible(field+".uidMappings", nil, "the handler's OCI runtime cannot mount volumes with the ids of a user namespace", "use another handler")
+		}
+		// What stands at the source of an image is mounted with the pod's ids
+		// already, and overlayfs cannot be mapped again.
+		mount.UIDMappings, mount.GIDMappings = idMappings(m.GetUidMappings()), idMappings(m.GetGidMappings())
+	}
+	return mount, nil
 }
 
 // checkRecursiveReadOnly: a mount that is less read-only than was asked for would

@@ -168,3 +168,13 @@ func TestDevices(t *testing.T) {
 	_, err := build(in)
 	wantError(t, err, errdefs.ErrInvalidArgument, `devices[0].host_path: "/dev/other": no device stands there`)
 }
+
+// TestMountIDsAreNotForgotten: a runtime that does not know mappings would mount the volume
+// without.
+func TestMountIDsAreNotForgotten(t *testing.T) {
+	in := testInput()
+	goldens["user-namespace"](&in)
+	in.Handler = Minimal()
+	_, err := build(in)
+	wantError(t, err, errdefs.ErrFailedPrecondition, "mounts[0].uidMappings: the handler's OCI runtime cannot")
+}

@@ -47,6 +47,35 @@ func PIDMode(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig) (m
 	return o.GetPid(), ""
 }
 
+// RootOf returns who on the host the root of a pod's containers is.
+func RootOf(pod *runtimeapi.PodSandboxConfig) (uid, gid uint32) {
+	if !NamespacesOf(pod).User {
+		return 0, 0
+	}
+	u := podNamespaceOptions(pod).GetUsernsOptions()
+	return u.GetUids()[0].GetHostId(), u.GetGids()[0].GetHostId()
+}
+
+// UserIDs returns the ids of the pod's user namespace, none if it has none.
+func UserIDs(pod *runtimeapi.PodSandboxConfig) (uids, gids []host.IDRange) {
+	if !NamespacesOf(pod).User {
+		return nil, nil
+	}
+	ranges := func(list []*runtimeapi.IDMapping) (out []host.IDRange) {
+		for _, m := range list {
+			out = append(out, host.IDRange{Inside: m.GetContainerId(), Outside: m.GetHostId(), Size: m.GetLength()})
+		}
+		return out
+	}
+	u := podNamespaceOptions(pod).GetUsernsOptions()
+	return ranges(u.GetUids()), ranges(u.GetGids())
+}
+
+// hasGroup reports whether a group exists in the pod's user namespace.
+func hasGroup(pod *runtimeapi.PodSandboxConfig, gid uint32) bool {
+	return !NamespacesOf(pod).User || gid < podNamespaceOptions(pod).GetUsernsOptions().GetGids()[0].GetLength()
+}
+
 func podNamespaceOptions(pod *runtimeapi.PodSandboxConfig) *runtimeapi.NamespaceOption {
 	return pod.GetLinux().GetSecurityContext().GetNamespaceOptions()
 }

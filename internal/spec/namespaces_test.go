@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -121,5 +122,46 @@ func TestIDsOutsideTheUserNamespace(t *testing.T) {
 		tt.edit(in.context())
 		_, err := build(in)
 		wantError(t, err, errdefs.ErrInvalidArgument, tt.err)
+	}
+}
+
+// TestSmallUserNamespace: what every container gets exists in a user namespace of a few
+// ids too.
+func TestSmallUserNamespace(t *testing.T) {
+	in := testInput()
+	goldens["user-namespace"](&in)
+	few := []*runtimeapi.IDMapping{{HostId: 100000, Length: 3}}
+	in.podContext().NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Uids: few, Gids: few}
+	in.Container.Mounts, in.Sources, in.Group = nil, nil, nil
+	s := mustBuild(t, in)
+	for _, m := range s.Mounts {
+		if m.Destination == "/dev/pts" && slices.Contains(m.Options, "gid=5") {
+			t.Errorf("terminals are of group 5: %q", m.Options)
+		}
+	}
+	init, err := BuildInit(in, "/init")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u := init.Process.User; u.UID != 2 || u.GID != 2 {
+		t.Errorf("the pod's init is user %d of group %d, want the last there is", u.UID, u.GID)
+	}
+	if uid, gid := RootOf(in.Pod); uid != 100000 || gid != 100000 {
+		t.Errorf("root is user %d of group %d", uid, gid)
+	}
+	if uid, gid := RootOf(testInput().Pod); uid != 0 || gid != 0 {
+		t.Errorf("without a user namespace root is user %d of group %d", uid, gid)
+	}
+}
+
+// TestImageMountHasNoIDs: an image is mounted with the pod's ids before the spec is made.
+func TestImageMountHasNoIDs(t *testing.T) {
+	in := testInput()
+	goldens["user-namespace"](&in)
+	in.Container.Mounts[0].HostPath, in.Container.Mounts[0].Image = "", &runtimeapi.ImageSpec{Image: "i"}
+	for _, m := range mustBuild(t, in).Mounts {
+		if len(m.UIDMappings)+len(m.GIDMappings) > 0 {
+			t.Errorf("%s has mappings", m.Destination)
+		}
 	}
 }

@@ -214,6 +214,21 @@ var goldens = map[string]func(*Input){
 		in.Container.Mounts = []*runtimeapi.Mount{{ContainerPath: "/data", HostPath: "/mnt/data", UidMappings: m, GidMappings: m}}
 		in.Sources = []Source{{Path: "/mnt/data"}}
 	},
+	"user-namespace-own-network": func(in *Input) {
+		m := []*runtimeapi.IDMapping{{HostId: 131072, Length: 65536}}
+		o := &runtimeapi.NamespaceOption{
+			Pid:           runtimeapi.NamespaceMode_CONTAINER,
+			UsernsOptions: &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: m, Gids: m},
+		}
+		in.podContext().NamespaceOptions = o
+		in.context().NamespaceOptions = o
+		in.Namespaces.User = "/run/sampan/pods/a/ns/user"
+		in.Container.Mounts = []*runtimeapi.Mount{
+			{ContainerPath: "/etc/hosts", HostPath: "/var/lib/kubelet/etc-hosts", UidMappings: m, GidMappings: m},
+			{ContainerPath: "/models", Image: &runtimeapi.ImageSpec{Image: "sha256:5678"}, UidMappings: m, GidMappings: m},
+		}
+		in.Sources = []Source{{Path: "/var/lib/kubelet/etc-hosts"}, {Path: "/run/sampan/images/m"}}
+	},
 }
 
 func TestGolden(t *testing.T) {

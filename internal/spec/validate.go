@@ -65,6 +65,7 @@ func ValidateContainer(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.Container
 		absoluteOrEmpty("working_dir", c.GetWorkingDir()),
 		validateLogPath(pod, c),
 		validateMounts(c.GetMounts()),
+		validateMountIDs(pod, c.GetMounts()),
 		validateDevices(c.GetDevices()),
 		validateCDI(c.GetCDIDevices()),
 		validateStopSignal(c.GetStopSignal()),
@@ -186,6 +187,16 @@ func validatePodNamespaces(o *runtimeapi.NamespaceOption) error {
 	if m := o.GetPid(); m != runtimeapi.NamespaceMode_POD && m != runtimeapi.NamespaceMode_CONTAINER && m != runtimeapi.NamespaceMode_NODE {
 		return invalid(in+"pid", m, "a pod has no container to target", "use POD, CONTAINER or NODE")
 	}
+	if usesUserNamespace(o.GetUsernsOptions()) {
+		// The kernel gives away neither the host's processes nor its IPC to a user
+		// namespace; Kubernetes refuses both.
+		if o.GetPid() == runtimeapi.NamespaceMode_NODE {
+			return invalid(in+"pid", o.GetPid(), "the pod has a user namespace of its own", "use POD or CONTAINER, or the node's user namespace")
+		}
+		if o.GetIpc() == runtimeapi.NamespaceMode_NODE {
+			return invalid(in+"ipc", o.GetIpc(), "the pod has a user namespace of its own", "use POD, or the node's user namespace")
+		}
+	}
 	return validateUserNamespace(in+"userns_options", o.GetUsernsOptions())
 }
 
@@ -301,7 +312,11 @@ func validateContainerNamespaces(pod *runtimeapi.PodSandboxConfig, o *runtimeapi
 		return invalid(in+"ipc", m, "the containers of a pod share its IPC namespace, which is "+p.GetIpc().String(), "use the pod's mode")
 	}
 	switch m := o.GetPid(); m {
-	case runtimeapi.NamespaceMode_POD, runtimeapi.NamespaceMode_CONTAINER, runtimeapi.NamespaceMode_NODE:
+	case runtimeapi.NamespaceMode_POD, runtimeapi.NamespaceMode_CONTAINER:
+	case runtimeapi.NamespaceMode_NODE:
+		if NamespacesOf(pod).User {
+			return invalid(in+"pid", m, "the pod has a user namespace of its own", "use POD or CONTAINER")
+		}
 	case runtimeapi.NamespaceMode_TARGET:
 		if o.GetTargetId() == "" {
 			return invalid(in+"target_id", nil, "a PID namespace of mode TARGET needs a container to target", "")
@@ -354,6 +369,31 @@ func validateMounts(list []*runtimeapi.Mount) error {
 		}
 	}
 	return nil
+}
+
+// validateMountIDs: the ids of a mount are those of the pod's user namespace, or are
+// left as they are.
+func validateMountIDs(pod *runtimeapi.PodSandboxConfig, list []*runtimeapi.Mount) error {
+	own := podNamespaceOptions(pod).GetUsernsOptions()
+	for i, m := range list {
+		if len(m.GetUidMappings())+len(m.GetGidMappings()) == 0 {
+			continue
+		}
+		if !NamespacesOf(pod).User {
+			return invalid(mountField(i)+".uidMappings", nil, "the pod has no user namespace", "leave out uidMappings and gidMappings")
+		}
+		if !sameIDs(m.GetUidMappings(), own.GetUids()) {
+			return invalid(mountField(i)+".uidMappings", nil, "they are not those of the pod's user namespace", "repeat the pod's uids, or leave out uidMappings and gidMappings")
+		}
+		if !sameIDs(m.GetGidMappings(), own.GetGids()) {
+			return invalid(mountField(i)+".gidMappings", nil, "they are not those of the pod's user namespace", "repeat the pod's gids, or leave out uidMappings and gidMappings")
+		}
+	}
+	return nil
+}
+
+func sameIDs(a, b []*runtimeapi.IDMapping) bool {
+	return slices.EqualFunc(a, b, func(a, b *runtimeapi.IDMapping) bool { return proto.Equal(a, b) })
 }
 
 func validateMount(field string, m *runtimeapi.Mount) error {

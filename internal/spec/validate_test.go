@@ -92,6 +92,22 @@ func TestValidatePod(t *testing.T) {
 			userns(p, &runtimeapi.UserNamespace{Uids: m, Gids: m})
 		}, "ends above the highest id"},
 
+		{"userns with the node's processes", func(p *pod) {
+			m := []*runtimeapi.IDMapping{mapping(0, 65536, 65536)}
+			userns(p, &runtimeapi.UserNamespace{Uids: m, Gids: m})
+			p.Linux.SecurityContext.NamespaceOptions.Pid = modeNode
+		}, "namespace_options.pid: NODE: the pod has a user namespace of its own"},
+		{"userns with the node's IPC", func(p *pod) {
+			m := []*runtimeapi.IDMapping{mapping(0, 65536, 65536)}
+			userns(p, &runtimeapi.UserNamespace{Uids: m, Gids: m})
+			p.Linux.SecurityContext.NamespaceOptions.Ipc = modeNode
+		}, "namespace_options.ipc: NODE: the pod has a user namespace of its own"},
+		{"userns with the node's network", func(p *pod) {
+			m := []*runtimeapi.IDMapping{mapping(0, 65536, 65536)}
+			userns(p, &runtimeapi.UserNamespace{Uids: m, Gids: m})
+			p.Linux.SecurityContext.NamespaceOptions.Network = modeNode
+		}, ""},
+
 		{"group without user", func(p *pod) { p.Linux.SecurityContext.RunAsGroup = id64(1) }, "run_as_group: 1: a group is set without a user; set run_as_user as well"},
 		{"negative user", func(p *pod) { p.Linux.SecurityContext.RunAsUser = id64(-1) }, "run_as_user: -1"},
 		{"unknown policy", func(p *pod) { p.Linux.SecurityContext.SupplementalGroupsPolicy = 2 }, "supplemental_groups_policy: 2"},
@@ -190,6 +206,25 @@ func TestValidateContainer(t *testing.T) {
 			goldens["user-namespace"](in)
 			in.context().NamespaceOptions = nil
 		}, ""},
+
+		{"the node's processes in a pod with a userns", func(in *Input) {
+			goldens["user-namespace"](in)
+			in.context().NamespaceOptions = &runtimeapi.NamespaceOption{Pid: modeNode}
+		}, "namespace_options.pid: NODE: the pod has a user namespace of its own"},
+		{"mount with the pod's ids", func(in *Input) { goldens["user-namespace"](in) }, ""},
+		{"mount without ids in a pod with a userns", func(in *Input) {
+			goldens["user-namespace"](in)
+			in.Container.Mounts[0].UidMappings, in.Container.Mounts[0].GidMappings = nil, nil
+		}, ""},
+		{"mount with ids in a pod without a userns", mounting(&mount{ContainerPath: "/x", HostPath: "/x", UidMappings: []*runtimeapi.IDMapping{{Length: 1}}}), "mounts[1].uidMappings: the pod has no user namespace"},
+		{"mount with other uids", func(in *Input) {
+			goldens["user-namespace"](in)
+			in.Container.Mounts[0].UidMappings = []*runtimeapi.IDMapping{{HostId: 0, Length: 65536}}
+		}, "mounts[0].uidMappings: they are not those of the pod's user namespace"},
+		{"mount without gids", func(in *Input) {
+			goldens["user-namespace"](in)
+			in.Container.Mounts[0].GidMappings = nil
+		}, "mounts[0].gidMappings: they are not those of the pod's user namespace"},
 
 		{"privileged in a pod that is not", secured(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.Privileged = true }), "privileged: true: the pod was not made for privileged containers"},
 		{"user twice", secured(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.RunAsUser, sc.RunAsUsername = id64(0), "root" }), "run_as_username"},

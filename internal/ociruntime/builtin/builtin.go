@@ -213,7 +213,7 @@ func (d *driver) convert(id, bundle string, spec *specs.Spec) (*configs.Config, 
 	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
 		CgroupName:       id,
 		UseSystemdCgroup: d.systemd,
-		Spec:             spec,
+		Spec:             withoutKnownIDs(spec),
 	})
 	if err != nil {
 		return nil, err
@@ -225,6 +225,22 @@ func (d *driver) convert(id, bundle string, spec *specs.Spec) (*configs.Config, 
 		}
 	}
 	return config, nil
+}
+
+// withoutKnownIDs leaves out the ids of a user namespace that exists already: they are
+// in the spec for older runtimes, libcontainer reads them from the namespace and
+// would complain each time.
+func withoutKnownIDs(spec *specs.Spec) *specs.Spec {
+	for _, ns := range spec.Linux.Namespaces {
+		if ns.Type != specs.UserNamespace || ns.Path == "" {
+			continue
+		}
+		without, linux := *spec, *spec.Linux
+		linux.UIDMappings, linux.GIDMappings = nil, nil
+		without.Linux = &linux
+		return &without
+	}
+	return spec
 }
 
 // classify gives libcontainer's errors the classes of ociruntime.Runtime.

@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -47,6 +49,7 @@ func Run(t *testing.T, factory Factory) {
 			{"StartOnce", s.startOnce},
 			{"ExitCodes", s.exitCodes},
 			{"Stdio", s.stdio},
+			{"UserNamespace", s.userNamespace},
 			{"Terminal", s.terminal},
 			{"Exec", s.exec},
 			{"ExecRefuses", s.execRefuses},
@@ -244,6 +247,49 @@ func (s *suite) stdio(t *testing.T) {
 	if got := c.Output(); got != wanted {
 		t.Errorf("output %q, want %q", got, wanted)
 	}
+}
+
+// userNamespace runs processes in a user namespace that is there already. They are who
+// they are said to be, and whose their stdio is.
+func (s *suite) userNamespace(t *testing.T) {
+	ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 200000, Size: 2000}}
+	holder := exec.Command("sleep", "1000")
+	holder.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWUSER, UidMappings: ids, GidMappings: ids, GidMappingsEnableSetgroups: true, Pdeathsig: syscall.SIGKILL,
+	}
+	if err := holder.Start(); err != nil {
+		t.Skipf("probe: user namespace: %v", err)
+	}
+	defer func() { holder.Process.Kill(); holder.Wait() }()
+	user := specs.User{UID: 1000, GID: 1001, AdditionalGids: []uint32{7}}
+	mapping := []specs.LinuxIDMapping{{HostID: 200000, Size: 2000}}
+	c := s.lab.Run(t, s.factory(t), []string{"sh", "-c", `
+		cat /proc/self/uid_map | tr -s ' '; id -u; id -G
+		echo reopened > /dev/stdout
+		stat -L -c '%u %g' /dev/stdout
+		sleep 60`},
+		func(spec *specs.Spec) {
+			spec.Process.User = user
+			spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{
+				Type: specs.UserNamespace, Path: fmt.Sprintf("/proc/%d/ns/user", holder.Process.Pid),
+			})
+			spec.Linux.UIDMappings, spec.Linux.GIDMappings = mapping, mapping
+		})
+	c.Expect(" 0 200000 2000\n1000\n1001 7\nreopened\n1000 1001\n")
+	var st unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/proc/%d", c.Started.Pid), &st); err != nil || st.Uid != 201000 {
+		t.Errorf("outside it is user %d, %v; want 201000", st.Uid, err)
+	}
+
+	p := c.Process("sh", "-c", "id -u; echo reopened > /dev/stdout; cat /dev/stdin")
+	p.User = user
+	out, code, err := c.Exec(p, "from stdin\n")
+	if want := "1000\nreopened\nfrom stdin\n"; out != want || code != 0 || err != nil {
+		t.Errorf("exec: output %q, exit code %d, error %v; want %q", out, code, err, want)
+	}
+	p.User = specs.User{UID: 2000}
+	_, _, err = c.Exec(p, "")
+	want(t, "Exec as a user who is not there", err, errdefs.ErrInvalidArgument)
 }
 
 func (s *suite) terminal(t *testing.T) {

@@ -136,6 +136,13 @@ func (r *runtime) create(ctx context.Context, c ociruntime.Container, req ocirun
 	if err := req.Stdio.SetBlocking(); err != nil {
 		return ociruntime.Started{}, err
 	}
+	uids, gids, err := specIDs(spec)
+	if err != nil {
+		return ociruntime.Started{}, err
+	}
+	if err := give(req.Stdio, spec.Process.User, uids, gids); err != nil {
+		return ociruntime.Started{}, err
+	}
 	if err := os.Mkdir(c.StateDir, 0o711); err != nil {
 		return ociruntime.Started{}, err
 	}
@@ -350,7 +357,7 @@ func (r *runtime) exec(ctx context.Context, c ociruntime.Container, req ocirunti
 	if err := req.Stdio.SetBlocking(); err != nil {
 		return ociruntime.Started{}, err
 	}
-	_, status, err := r.status(ctx, c)
+	first, status, err := r.status(ctx, c)
 	switch {
 	case err != nil:
 		return ociruntime.Started{}, err
@@ -358,6 +365,13 @@ func (r *runtime) exec(ctx context.Context, c ociruntime.Container, req ocirunti
 		return ociruntime.Started{}, notIn(status)
 	case ctx.Err() != nil:
 		return ociruntime.Started{}, context.Cause(ctx)
+	}
+	uids, gids, err := host.IDsOf(first.Pid)
+	if err != nil {
+		return ociruntime.Started{}, err
+	}
+	if err := give(req.Stdio, req.Process.User, uids, gids); err != nil {
+		return ociruntime.Started{}, err
 	}
 	started, err := r.driver.Exec(ctx, c, req.Process, req.Stdio)
 	if err != nil {
