@@ -1,0 +1,286 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"sampan.dev/sampan/test/lab"
+)
+
+// userNS puts a pod into a user namespace whose root is user first outside.
+func userNS(first uint32, pod *runtimeapi.PodSandboxConfig) *runtimeapi.PodSandboxConfig {
+	ids := []*runtimeapi.IDMapping{{HostId: first, Length: 65536}}
+	pod.Linux.SecurityContext.NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: ids, Gids: ids}
+	return pod
+}
+
+// mapped is a mount as the kubelet makes it in a pod with a user namespace.
+func mapped(pod *runtimeapi.PodSandboxConfig, m *runtimeapi.Mount) *runtimeapi.Mount {
+	u := pod.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions()
+	m.UidMappings, m.GidMappings = u.GetUids(), u.GetGids()
+	return m
+}
+
+// hasUserNamespaces skips a test if the daemon says, from its own probe, that this host has
+// none to give.
+func hasUserNamespaces(t *testing.T, l *lab.Lab) {
+	t.Helper()
+	r, err := l.Runtime.Status(t.Context(), &runtimeapi.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !r.GetRuntimeHandlers()[0].GetFeatures().GetUserNamespaces() {
+		_, err := l.Runtime.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: userNS(1<<20, l.PodConfig("probe"))})
+		t.Skipf("probe: %v", err)
+	}
+	if !r.GetFeatures().GetUserNamespacesHostNetwork() {
+		t.Error("the daemon does not say that a pod can have a user namespace and the host's network")
+	}
+}
+
+// script runs commands in a container and returns what they print.
+func script(t *testing.T, l *lab.Lab, id, text string) string {
+	t.Helper()
+	r := l.ExecSync(t, id, "sh", "-c", text)
+	if r.GetExitCode() != 0 {
+		t.Errorf("%s: exit code %d\n%s", text, r.GetExitCode(), r.GetStderr())
+	}
+	return string(r.GetStdout())
+}
+
+func owner(t *testing.T, path string) string {
+	t.Helper()
+	info, err := os.Lstat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st := info.Sys().(*syscall.Stat_t)
+	return fmt.Sprintf("%d:%d", st.Uid, st.Gid)
+}
+
+// TestUserNamespace runs pods whose root is nobody outside, side by side with one whose root
+// is the host's. Inside, all is as ever: it is root's what is root's in the image and
+// on volumes. That stays so when the daemon is restarted.
+func TestUserNamespace(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	hasUserNamespaces(t, l)
+	box, data := l.Pull(t, "busybox"), l.Pull(t, "nginx")
+	for _, tt := range []struct {
+		name  string
+		first uint32 // who root is outside; 0 for a pod of the host's users
+		edit  func(*runtimeapi.NamespaceOption)
+	}{
+		{"own-network", 200000, func(o *runtimeapi.NamespaceOption) {}},
+		{"host-network", 300000, func(o *runtimeapi.NamespaceOption) { o.Network = runtimeapi.NamespaceMode_NODE }},
+		{"shared-processes", 400000, func(o *runtimeapi.NamespaceOption) { o.Pid = runtimeapi.NamespaceMode_POD }},
+		{"host-users", 0, func(o *runtimeapi.NamespaceOption) {}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			pod := l.PodConfig(tt.name)
+			if tt.first > 0 {
+				userNS(tt.first, pod)
+			}
+			tt.edit(pod.Linux.SecurityContext.NamespaceOptions)
+			u := userNSTest{l: l, pod: pod, first: tt.first, box: box, data: data}
+			u.podID = l.RunPod(t, pod)
+			u.makeVolumes(t)
+			id := u.run(t, "first")
+			u.check(t, id)
+			u.checkOutside(t, id)
+			l.Kill(t)
+			l.Start(t)
+			u.check(t, id)
+			u.check(t, u.run(t, "second"))
+			// The other pods stay, to be in each other's way if they can.
+		})
+	}
+	for _, pod := range list(t, l) {
+		l.RemovePod(t, pod)
+	}
+	l.RemoveImage(t, box)
+	l.RemoveImage(t, data)
+	l.CheckClean(t)
+}
+
+func list(t *testing.T, l *lab.Lab) (ids []string) {
+	t.Helper()
+	r, err := l.Runtime.ListPodSandbox(t.Context(), &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range r.GetItems() {
+		ids = append(ids, p.GetId())
+	}
+	return ids
+}
+
+type userNSTest struct {
+	l            *lab.Lab
+	pod          *runtimeapi.PodSandboxConfig
+	podID        string
+	first        uint32
+	box, data    string
+	volume, tmpf string
+}
+
+// makeVolumes makes a volume on disk and one in memory, as the kubelet has them: what is root's
+// is for nobody else.
+func (u *userNSTest) makeVolumes(t *testing.T) {
+	t.Helper()
+	base := filepath.Join(t.TempDir(), "volumes")
+	u.volume, u.tmpf = filepath.Join(base, "disk"), filepath.Join(base, "memory")
+	for _, dir := range []string{u.volume, u.tmpf} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Mount("tmpfs", u.tmpf, "tmpfs", 0, "mode=700,size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(u.tmpf, unix.MNT_DETACH) })
+	for _, dir := range []string{u.volume, u.tmpf} {
+		for name, uid := range map[string]int{"root": 0, "user": 1000} {
+			path := filepath.Join(dir, name)
+			if err := os.WriteFile(path, []byte(name+"\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chown(path, uid, uid); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+func (u *userNSTest) run(t *testing.T, name string) string {
+	t.Helper()
+	c := u.l.ContainerConfig(name, u.box, "sh", "-c", "echo to-stdout > /dev/stdout; echo to-stderr > /dev/stderr; sleep 600")
+	c.Linux.SecurityContext.NamespaceOptions = u.pod.Linux.SecurityContext.NamespaceOptions
+	mount := func(m *runtimeapi.Mount) { c.Mounts = append(c.Mounts, mapped(u.pod, m)) }
+	mount(&runtimeapi.Mount{ContainerPath: "/disk", HostPath: u.volume})
+	mount(&runtimeapi.Mount{ContainerPath: "/memory", HostPath: u.tmpf})
+	mount(&runtimeapi.Mount{ContainerPath: "/read-only", HostPath: u.volume, Readonly: true, RecursiveReadOnly: true})
+	mount(&runtimeapi.Mount{ContainerPath: "/slave", HostPath: u.volume, Propagation: runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER})
+	mount(&runtimeapi.Mount{ContainerPath: "/one-file", HostPath: filepath.Join(u.volume, "root")})
+	mount(&runtimeapi.Mount{ContainerPath: "/image", Image: &runtimeapi.ImageSpec{Image: u.data}})
+	c.Mounts = append(c.Mounts, &runtimeapi.Mount{ContainerPath: "/host-ids", HostPath: u.volume})
+	id := u.l.CreateContainer(t, u.podID, u.pod, c)
+	u.l.StartContainer(t, id)
+	return id
+}
+
+// check looks from inside.
+func (u *userNSTest) check(t *testing.T, id string) {
+	t.Helper()
+	for text, want := range map[string]string{
+		"id -u":                                          "0\n",
+		"cat /disk/root /memory/root":                    "root\nroot\n",
+		"cat /one-file /slave/root":                      "root\nroot\n",
+		"stat -c '%u:%g %n' /disk/*":                     "0:0 /disk/root\n1000:1000 /disk/user\n",
+		"stat -c '%u:%g %n' /memory/*":                   "0:0 /memory/root\n1000:1000 /memory/user\n",
+		"touch /read-only/x 2>/dev/null || echo refused": "refused\n",
+		"stat -c '%u:%g' / /bin/busybox /dev/shm":        "0:0\n0:0\n0:0\n",
+		"stat -c '%u:%g' /image /image/etc/nginx":        "0:0\n0:0\n",
+		"stat -c '%u:%g' /etc/hosts /etc/hostname":       "0:0\n0:0\n",
+		"echo x >> /etc/hosts && echo written":           "written\n",
+		"touch /dev/shm/x && stat -c %u /dev/shm/x":      "0\n",
+		// What the image has can be changed, owned and removed.
+		"cp /bin/busybox /bin/b; chown 7:8 /bin/b; stat -c '%u:%g' /bin/b; rm /bin/b": "7:8\n",
+		"echo x > /dev/null; head -c 3 /dev/zero | wc -c":                             "3\n",
+		"cat /proc/sys/kernel/hostname > /dev/null; ls /sys/class > /dev/null; pwd":   "/\n",
+	} {
+		if got := script(t, u.l, id, text); got != want {
+			t.Errorf("%s: %q, want %q", text, got, want)
+		}
+	}
+	ids := strings.Fields(script(t, u.l, id, "cat /proc/self/uid_map /proc/self/gid_map"))
+	want := []string{"0", "0", "4294967295"}
+	if u.first > 0 {
+		want = []string{"0", fmt.Sprint(u.first), "65536"}
+	}
+	if got := strings.Join(ids, " "); got != strings.Join(append(want, want...), " ") {
+		t.Errorf("ids of the user namespace: %s, want %v twice", got, want)
+	}
+	// A mount without ids shows whose the files are outside: nobody's here.
+	wantOwner := "0:0"
+	if u.first > 0 {
+		wantOwner = "65534:65534"
+		if got := script(t, u.l, id, "cat /host-ids/root 2>/dev/null || echo refused"); got != "refused\n" {
+			t.Errorf("what is the host's root's: %q", got)
+		}
+	}
+	if got := strings.TrimSpace(script(t, u.l, id, "stat -c '%u:%g' /host-ids")); got != wantOwner {
+		t.Errorf("what is the host's root's is of %s inside, want %s", got, wantOwner)
+	}
+}
+
+// checkOutside looks from the host.
+func (u *userNSTest) checkOutside(t *testing.T, id string) {
+	t.Helper()
+	script(t, u.l, id, "touch /disk/new /memory/new; chown 7:8 /memory/new; touch /in-rootfs")
+	if got := owner(t, filepath.Join(u.volume, "new")); got != "0:0" {
+		t.Errorf("what root makes on a volume is of %s there, want 0:0", got)
+	}
+	if got := owner(t, filepath.Join(u.tmpf, "new")); got != "7:8" {
+		t.Errorf("what is given to 7:8 on a volume is of %s there", got)
+	}
+	for _, dir := range []string{u.volume, u.tmpf} {
+		if err := os.Remove(filepath.Join(dir, "new")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, want := owner(t, filepath.Join(u.l.Root, "containers", id, "upper", "in-rootfs")), fmt.Sprintf("%d:%d", u.first, u.first); got != want {
+		t.Errorf("what root makes in its root file system is of %s on disk, want %s", got, want)
+	}
+	log, err := os.ReadFile(filepath.Join(u.pod.LogDirectory, "first.log"))
+	for _, line := range []string{" stdout F to-stdout\n", " stderr F to-stderr\n"} {
+		if !strings.Contains(string(log), line) {
+			t.Errorf("the log lacks %q: %q, %v", line, log, err)
+		}
+	}
+}
+
+// TestUserNamespaceRefused: what cannot be is refused, in words that say why, and leaves
+// nothing; no file's owner is ever changed to make it work.
+func TestUserNamespaceRefused(t *testing.T) {
+	l := lab.New(t, lab.Options{Config: "[handlers.old]\npath = \"/bin/false\"\n"})
+	hasUserNamespaces(t, l)
+	box := l.Pull(t, "busybox")
+	pod := userNS(200000, l.PodConfig("refused"))
+	podID := l.RunPod(t, pod)
+	before := l.Mark(t)
+
+	create := func(m *runtimeapi.Mount) error {
+		c := l.ContainerConfig("c", box, "true")
+		c.Linux.SecurityContext.NamespaceOptions = pod.Linux.SecurityContext.NamespaceOptions
+		c.Mounts = []*runtimeapi.Mount{m}
+		ctx, cancel := context.WithTimeout(t.Context(), lab.Wait)
+		defer cancel()
+		_, err := l.Runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: podID, Config: c, SandboxConfig: pod})
+		return err
+	}
+	for name, tt := range map[string]struct {
+		err  error
+		says string
+	}{
+		"a volume that cannot be mapped": {create(mapped(pod, &runtimeapi.Mount{ContainerPath: "/p", HostPath: "/proc/sys"})), "FailedPrecondition desc = "},
+		"other ids":                      {create(mapped(userNS(1, l.PodConfig("other")), &runtimeapi.Mount{ContainerPath: "/p", HostPath: "/tmp"})), "mounts[0].uidMappings: they are not those of the pod's"},
+		"a handler that cannot": {func() error {
+			_, err := l.Runtime.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: userNS(200000, l.PodConfig("old")), RuntimeHandler: "old"})
+			return err
+		}(), "namespace_options.userns_options: "},
+	} {
+		if tt.err == nil || !strings.Contains(tt.err.Error(), tt.says) {
+			t.Errorf("%s: %v, want an error that says %q", name, tt.err, tt.says)
+		}
+	}
+	l.CheckSince(t, before)
+	l.RemovePod(t, podID)
+}
