@@ -91,9 +91,14 @@ func (s *runtimeService) handlers(reports map[string]handler.Report) []*runtimea
 }
 
 func (s *runtimeService) info(reports map[string]handler.Report) (map[string]string, error) {
+	userNamespaces := "yes"
+	if err := s.cfg.Pods.HostUserNamespaces(); err != nil {
+		userNamespaces = "no: " + err.Error()
+	}
 	config, err := json.Marshal(map[string]any{
 		"rootDir": s.cfg.Root, "stateDir": s.cfg.State, "defaultHandler": s.cfg.DefaultHandler,
 		"handlers": s.cfg.Handlers.Names(), "cgroupDriver": s.driver().String(), "cgroups": s.cfg.Facts.Cgroup.String(),
+		"userNamespaces": userNamespaces,
 	})
 	if err != nil {
 		return nil, err

@@ -37,11 +37,14 @@ var groups = []string{
 }
 
 func TestBuiltin(t *testing.T) {
-	run(t, "", append(slices.Clone(groups), readonly), lab.Options{})
+	run(t, "", append(slices.Clone(groups), readonly, userNamespaces), lab.Options{})
 }
 
-// readonly are the specs that a handler passes only if it says that it can.
-const readonly = `Container Mount Readonly`
+// The specs that a handler passes only if it says that it can.
+const (
+	readonly       = `Container Mount Readonly`
+	userNamespaces = `Security Context UserNamespaces`
+)
 
 // TestWebSocket runs the specs of streams over the other transport.
 func TestWebSocket(t *testing.T) {
@@ -54,6 +57,15 @@ func TestRunc(t *testing.T) {
 		t.Fatalf("%v: install runc", err)
 	}
 	run(t, "runc", append(slices.Clone(groups), readonly), lab.Options{Config: fmt.Sprintf("[handlers.runc]\npath = %q\n", runc)})
+}
+
+// TestRuncOfToday runs the specs that Debian's runc is too old for.
+func TestRuncOfToday(t *testing.T) {
+	runc, err := lab.Tool("runc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, "runc", []string{userNamespaces}, lab.Options{Config: fmt.Sprintf("[handlers.runc]\npath = %q\n", runc)})
 }
 
 func TestCrun(t *testing.T) {

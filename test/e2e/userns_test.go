@@ -31,15 +31,17 @@ func mapped(pod *runtimeapi.PodSandboxConfig, m *runtimeapi.Mount) *runtimeapi.M
 
 // hasUserNamespaces skips a test if the daemon says, from its own probe, that this host has
 // none to give.
-func hasUserNamespaces(t *testing.T, l *lab.Lab) {
+func hasUserNamespaces(t *testing.T, l *lab.Lab, handler string) {
 	t.Helper()
 	r, err := l.Runtime.Status(t.Context(), &runtimeapi.StatusRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !r.GetRuntimeHandlers()[0].GetFeatures().GetUserNamespaces() {
-		_, err := l.Runtime.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: userNS(1<<20, l.PodConfig("probe"))})
-		t.Skipf("probe: %v", err)
+	for _, h := range r.GetRuntimeHandlers() {
+		if h.GetName() == handler && !h.GetFeatures().GetUserNamespaces() {
+			_, err := l.Runtime.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: userNS(1<<20, l.PodConfig("probe")), RuntimeHandler: handler})
+			t.Skipf("probe: %v", err)
+		}
 	}
 	if !r.GetFeatures().GetUserNamespacesHostNetwork() {
 		t.Error("the daemon does not say that a pod can have a user namespace and the host's network")
@@ -70,8 +72,19 @@ func owner(t *testing.T, path string) string {
 // is the host's. Inside, all is as ever: it is root's what is root's in the image and
 // on volumes. That stays so when the daemon is restarted.
 func TestUserNamespace(t *testing.T) {
-	l := lab.New(t, lab.Options{})
-	hasUserNamespaces(t, l)
+	t.Run("builtin", func(t *testing.T) { testUserNamespace(t, "", "") })
+	t.Run("runc", func(t *testing.T) {
+		runc, err := lab.Tool("runc")
+		if err != nil {
+			t.Fatal(err)
+		}
+		testUserNamespace(t, "runc", fmt.Sprintf("[handlers.runc]\npath = %q\n", runc))
+	})
+}
+
+func testUserNamespace(t *testing.T, handler, config string) {
+	l := lab.New(t, lab.Options{Config: config})
+	hasUserNamespaces(t, l, handler)
 	box, data := l.Pull(t, "busybox"), l.Pull(t, "nginx")
 	for _, tt := range []struct {
 		name  string
@@ -90,7 +103,11 @@ func TestUserNamespace(t *testing.T) {
 			}
 			tt.edit(pod.Linux.SecurityContext.NamespaceOptions)
 			u := userNSTest{l: l, pod: pod, first: tt.first, box: box, data: data}
-			u.podID = l.RunPod(t, pod)
+			r, err := l.Runtime.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: pod, RuntimeHandler: handler})
+			if err != nil {
+				t.Fatal(err)
+			}
+			u.podID = r.GetPodSandboxId()
 			u.makeVolumes(t)
 			id := u.run(t, "first")
 			u.check(t, id)
@@ -251,7 +268,7 @@ func (u *userNSTest) checkOutside(t *testing.T, id string) {
 // nothing; no file's owner is ever changed to make it work.
 func TestUserNamespaceRefused(t *testing.T) {
 	l := lab.New(t, lab.Options{Config: "[handlers.old]\npath = \"/bin/false\"\n"})
-	hasUserNamespaces(t, l)
+	hasUserNamespaces(t, l, "")
 	box := l.Pull(t, "busybox")
 	pod := userNS(200000, l.PodConfig("refused"))
 	podID := l.RunPod(t, pod)

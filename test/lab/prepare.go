@@ -23,7 +23,7 @@ func Cache() (string, error) {
 }
 
 // Tool is the path of one of the programs that prepare built: crictl, ginkgo,
-// critest.test, or a client's tests in test/clients.
+// critest.test, runc, or a client's tests in test/clients.
 func Tool(name string) (string, error) {
 	dir, err := Cache()
 	return filepath.Join(dir, "tools", name), err
@@ -67,16 +67,17 @@ func buildTools(ctx context.Context, cache, set string) error {
 	if err != nil {
 		return err
 	}
-	goTool := func(dir string, args ...string) (string, error) {
+	goWith := func(cgo, dir string, args ...string) (string, error) {
 		cmd := exec.CommandContext(ctx, "go", args...)
 		cmd.Dir = dir
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo, "GOFLAGS=")
 		out, err := cmd.CombinedOutput()
 		if err != nil {
 			return "", fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
 		}
 		return strings.TrimSpace(string(out)), nil
 	}
+	goTool := func(dir string, args ...string) (string, error) { return goWith("0", dir, args...) }
 	tools := filepath.Join(root, "test", "tools")
 	if _, err := goTool(tools, "mod", "download", "sigs.k8s.io/cri-tools"); err != nil {
 		return err
@@ -87,6 +88,14 @@ func buildTools(ctx context.Context, cache, set string) error {
 	}
 	critest, err := copyCritest(module, filepath.Join(cache, "cri-tools"), set)
 	if err != nil {
+		return err
+	}
+	// Debian's runc may be older than what some tests need. This one is as old as
+	// the library in the built-in handler.
+	if module, err = goTool(root, "list", "-m", "-f", "{{.Dir}}", "github.com/opencontainers/runc"); err != nil {
+		return err
+	}
+	if _, err := goWith("1", module, "build", "-tags", "seccomp", "-o", filepath.Join(cache, "tools", "runc"), "."); err != nil {
 		return err
 	}
 	version := "-ldflags=-s -w -X sigs.k8s.io/cri-tools/pkg/version.Version=v1.36.0"
