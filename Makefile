@@ -11,7 +11,7 @@
 # make generate     write the generated Go code anew (needs protoc)
 
 SHELL := /bin/sh
-export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
+export PATH := $(CURDIR)/.cache/go/bin:$(CURDIR)/.cache/criu/bin:$(PATH)
 export GOTOOLCHAIN := local
 
 VERSION := $(shell cat VERSION)$(shell git describe --always --exclude='*' --dirty=+ 2>/dev/null | sed 's/^/+/')
@@ -56,6 +56,7 @@ quickstart-down:
 .PHONY: test unit suites conformance
 test:
 	@scripts/install-deps test
+	-@scripts/fetch-criu
 	$(MAKE) build
 	$(MAKE) check
 	$(MAKE) unit

@@ -232,7 +232,10 @@ func (c Cgroup) kill() (int, error) {
 	}
 	if dir := c[""]; dir != "" {
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0); err == nil {
-			return c.Signal(unix.SIGKILL) // for those who are not in this hierarchy (yet)
+			// For those who are not in this hierarchy (yet), and those who cannot die
+			// because they are frozen in another one.
+			defer c.freeze("THAWED")
+			return c.Signal(unix.SIGKILL)
 		}
 	}
 	// Nobody forks while frozen; frozen processes die when thawed.
@@ -246,6 +249,68 @@ func (c Cgroup) freeze(state string) {
 		// Without a freezer the loop in Kill has to win against forks alone.
 		_ = os.WriteFile(filepath.Join(dir, "freezer.state"), []byte(state), 0)
 	}
+}
+
+// freezeTick is how often Freeze looks, and asks again.
+const freezeTick = time.Millisecond
+
+// Freeze stops all processes in the cgroup and below, and returns when none of
+// them runs any more. On error they all go on. The error is ErrNotImplemented if
+// there is no freezer.
+func (c Cgroup) Freeze(ctx context.Context) error {
+	for {
+		frozen, err := c.tryFreeze()
+		if err == nil && frozen {
+			return nil
+		}
+		if err == nil {
+			select {
+			case <-ctx.Done():
+				err = context.Cause(ctx)
+			case <-time.After(freezeTick):
+				continue
+			}
+		}
+		return errors.Join(fmt.Errorf("freeze cgroup: %w", err), c.Thaw())
+	}
+}
+
+// tryFreeze asks for all processes to be frozen, and reports whether they are.
+func (c Cgroup) tryFreeze() (bool, error) {
+	if dir := c["freezer"]; dir != "" {
+		// Asked again each time: a process that was forked meanwhile may have
+		// escaped.
+		if err := os.WriteFile(filepath.Join(dir, "freezer.state"), []byte("FROZEN"), 0); err != nil {
+			return false, err
+		}
+		state, err := os.ReadFile(filepath.Join(dir, "freezer.state"))
+		return strings.TrimSpace(string(state)) == "FROZEN", err
+	}
+	if c[""] == "" {
+		return false, fmt.Errorf("no freezer controller: %w", errdefs.ErrNotImplemented)
+	}
+	if err := os.WriteFile(filepath.Join(c[""], "cgroup.freeze"), []byte("1"), 0); err != nil {
+		return false, err
+	}
+	events, err := os.ReadFile(filepath.Join(c[""], "cgroup.events"))
+	return strings.Contains(string(events), "frozen 1"), err
+}
+
+// Thaw undoes Freeze. A cgroup that is not frozen, or gone, is no error.
+func (c Cgroup) Thaw() error {
+	path, value := "", ""
+	switch {
+	case c["freezer"] != "":
+		path, value = filepath.Join(c["freezer"], "freezer.state"), "THAWED"
+	case c[""] != "":
+		path, value = filepath.Join(c[""], "cgroup.freeze"), "0"
+	default:
+		return nil
+	}
+	if err := os.WriteFile(path, []byte(value), 0); err != nil && !isGone(err) {
+		return fmt.Errorf("thaw cgroup: %w", err)
+	}
+	return nil
 }
 
 // Remove removes the cgroup with all below it. It must have no processes left,

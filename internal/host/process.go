@@ -50,6 +50,39 @@ func startTime(stat []byte) (uint64, error) {
 	return strconv.ParseUint(string(fields[19]), 10, 64)
 }
 
+// Parent returns the parent of a process.
+func Parent(pid int) (int, error) {
+	fields, err := statFields(pid)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(string(fields[1]))
+}
+
+// ProcessState returns the letter that the kernel gives the state of a process,
+// e.g. 'T' if it is stopped.
+func ProcessState(pid int) (byte, error) {
+	fields, err := statFields(pid)
+	if err != nil {
+		return 0, err
+	}
+	return fields[0][0], nil
+}
+
+// statFields returns what /proc says of a process behind its name, which may hold
+// anything.
+func statFields(pid int) ([][]byte, error) {
+	stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return nil, fmt.Errorf("process %d: %w", pid, err)
+	}
+	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 2 {
+		return nil, fmt.Errorf("process %d: /proc/%d/stat is cut short", pid, pid)
+	}
+	return fields, nil
+}
+
 // Open returns a handle of the process. The error is ErrNotFound if it is gone,
 // also when another process has its pid by now.
 func (p Process) Open() (*Pidfd, error) {

@@ -119,6 +119,9 @@ func (c *Client) Create(ctx context.Context, r CreateRequest) (CreateResponse, e
 		Terminal: r.Terminal, Stdin: r.Stdin, StdinOnce: r.StdinOnce,
 		Handler: &api.Handler{Kind: string(r.Handler.Kind), Path: r.Handler.Path, SystemdCgroup: r.Handler.SystemdCgroup},
 	}
+	if r.Restore != nil {
+		req.Restore = &api.Checkpoint{Dir: r.Restore.Dir, Criu: r.Restore.CRIU}
+	}
 	var resp CreateResponse
 	err := c.call(ctx, "create container "+r.ID, func(ctx context.Context, k api.KeeperClient) error {
 		a, err := k.Create(ctx, req)

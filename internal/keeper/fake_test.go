@@ -224,6 +224,30 @@ func (fakeRuntime) State(_ context.Context, c ociruntime.Container) (ociruntime.
 	return ociruntime.State{Status: ociruntime.Running, Pid: pid}, nil
 }
 
+func (r fakeRuntime) Pause(ctx context.Context, c ociruntime.Container) error {
+	return r.Signal(ctx, c, unix.SIGSTOP, true)
+}
+
+func (r fakeRuntime) Resume(ctx context.Context, c ociruntime.Container) error {
+	return r.Signal(ctx, c, unix.SIGCONT, true)
+}
+
+// Checkpoint takes as long as it takes until there is a file "go" beside the
+// directory, and fails if there is one called "fail".
+func (fakeRuntime) Checkpoint(ctx context.Context, c ociruntime.Container, _ string, to ociruntime.Checkpoint) error {
+	for ; ; time.Sleep(time.Millisecond) {
+		if _, err := os.Stat(filepath.Join(filepath.Dir(to.Dir), "fail")); err == nil {
+			return errors.New("as it was told")
+		}
+		if _, err := os.Stat(filepath.Join(filepath.Dir(to.Dir), "go")); err == nil {
+			return os.WriteFile(filepath.Join(to.Dir, "image"), []byte(c.ID), 0o600)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+}
+
 func (fakeRuntime) OOMKills(ociruntime.Container) (uint64, error) {
 	return 0, errdefs.ErrNotImplemented
 }

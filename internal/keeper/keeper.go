@@ -47,6 +47,16 @@ type CreateRequest struct {
 	Terminal   bool   // must agree with process.terminal in config.json
 	Stdin      bool   // keep stdin open for attaching; otherwise it is /dev/null
 	StdinOnce  bool   // close stdin when the first attached client leaves
+
+	// Restore, if not nil, has the container's processes come from a checkpoint.
+	// They execute nothing before Start.
+	Restore *Checkpoint `json:",omitempty"`
+}
+
+// Checkpoint is where a container's checkpoint is, and what makes or reads it.
+type Checkpoint struct {
+	Dir  string // see ociruntime.Checkpoint
+	CRIU string // path of the program criu
 }
 
 // CreateResponse is the created container's first process, which waits for
@@ -140,6 +150,16 @@ type ExecResult struct {
 	ExitCode int32 // 128+signal if a signal ended it
 	TimedOut bool
 }
+
+// CheckpointRequest asks for checkpoints of some containers at one moment.
+type CheckpointRequest struct {
+	Targets []CheckpointTarget
+	CRIU    string // path of the program criu
+}
+
+// CheckpointTarget is a container and the directory that its checkpoint goes to,
+// which must be empty.
+type CheckpointTarget struct{ ID, Dir string }
 
 func fromAPIProcess(p *api.Process) host.Process {
 	return host.Process{Pid: int(p.GetPid()), Start: p.GetStart(), Boot: p.GetBoot()}

@@ -110,6 +110,25 @@ type Runtime interface {
 	// none, or Create never came far enough to make one.
 	State(ctx context.Context, c Container) (State, error)
 
+	// Pause stops all processes of a running container where they are; the kernel
+	// runs none of them until Resume. Pausing a paused one is no error.
+	Pause(ctx context.Context, c Container) error
+
+	// Resume lets a paused container go on. It is no error if it is not paused, or
+	// has exited.
+	Resume(ctx context.Context, c Container) error
+
+	// Checkpoint writes what all processes of a running container are and have
+	// into a directory, from which Create makes them anew. The bundle is that of
+	// Create. The container goes on
+	// afterwards, or stays paused if it was. The error is ErrFailedPrecondition if
+	// there is a process that is not a descendant of the first one, as that of an
+	// Exec, and ErrNotImplemented if the runtime cannot checkpoint at all.
+	//
+	// When ctx ends, CRIU is given a while to let go of the processes, so that
+	// they do not suffer, before it is killed.
+	Checkpoint(ctx context.Context, c Container, bundle string, to Checkpoint) error
+
 	// OOMKills returns how many processes of the container the kernel has
 	// killed for want of memory so far. It works until Delete, also after the
 	// last process is gone. The error is ErrNotFound if the cgroup is gone,
@@ -133,11 +152,31 @@ type CreateRequest struct {
 	// to the bundle. It must stay as it is until Delete. linux.cgroupsPath is
 	// set, in the form that the runtime's cgroup driver takes, and names a
 	// cgroup that is the container's alone. linux.uidMappings and gidMappings tell
-	// the ids of a user namespace that exists already too.
+	// the ids of a user namespace that exists already too. To be checkpointed or
+	// restored, the container needs the annotation criu.ConfigAnnotation, with the
+	// absolute path of a file that Checkpoint and Create may write.
 	Bundle string
 
 	// Stdio of the first process, unused if config.json has process.terminal.
 	Stdio Stdio
+
+	// Restore, if not nil, has the processes come from a checkpoint. They are
+	// what they were, in all that makes up a process; what surrounds them is as
+	// the bundle says: namespaces that it names by path, cgroup, root file system
+	// with the same files, mounts on the same places. Nothing of them is executed
+	// before Start. The error is ErrPermissionDenied if a process is less confined
+	// than the bundle says.
+	Restore *Checkpoint
+}
+
+// Checkpoint is where a checkpoint is, and what makes or reads it.
+type Checkpoint struct {
+	// Dir is a directory of the checkpoint's own, which Checkpoint finds empty.
+	// In it, criu.ImagesDir has CRIU's images. A restore changes nothing in it.
+	Dir string
+
+	// CRIU is the path of the program, whose name must be criu.
+	CRIU string
 }
 
 // ExecRequest says what to execute.

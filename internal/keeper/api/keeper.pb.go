@@ -281,6 +281,7 @@ type CreateRequest struct {
 	Terminal      bool                   `protobuf:"varint,7,opt,name=terminal,proto3" json:"terminal,omitempty"`
 	Stdin         bool                   `protobuf:"varint,8,opt,name=stdin,proto3" json:"stdin,omitempty"`
 	StdinOnce     bool                   `protobuf:"varint,9,opt,name=stdin_once,json=stdinOnce,proto3" json:"stdin_once,omitempty"`
+	Restore       *Checkpoint            `protobuf:"bytes,10,opt,name=restore,proto3" json:"restore,omitempty"` // if set, the processes come from it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -378,6 +379,66 @@ func (x *CreateRequest) GetStdinOnce() bool {
 	return false
 }
 
+func (x *CreateRequest) GetRestore() *Checkpoint {
+	if x != nil {
+		return x.Restore
+	}
+	return nil
+}
+
+// Checkpoint is where a container's checkpoint is.
+type Checkpoint struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Dir           string                 `protobuf:"bytes,1,opt,name=dir,proto3" json:"dir,omitempty"`
+	Criu          string                 `protobuf:"bytes,2,opt,name=criu,proto3" json:"criu,omitempty"` // path of the program
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Checkpoint) Reset() {
+	*x = Checkpoint{}
+	mi := &file_keeper_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Checkpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Checkpoint) ProtoMessage() {}
+
+func (x *Checkpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_keeper_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
+func (*Checkpoint) Descriptor() ([]byte, []int) {
+	return file_keeper_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Checkpoint) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetCriu() string {
+	if x != nil {
+		return x.Criu
+	}
+	return ""
+}
+
 type CreateResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Process       *Process               `protobuf:"bytes,1,opt,name=process,proto3" json:"process,omitempty"`
@@ -387,7 +448,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_keeper_proto_msgTypes[6]
+	mi := &file_keeper_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -399,7 +460,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[6]
+	mi := &file_keeper_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -412,7 +473,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{6}
+	return file_keeper_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CreateResponse) GetProcess() *Process {
@@ -431,7 +492,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_keeper_proto_msgTypes[7]
+	mi := &file_keeper_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -443,7 +504,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[7]
+	mi := &file_keeper_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -456,7 +517,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{7}
+	return file_keeper_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *StartRequest) GetId() string {
@@ -475,7 +536,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_keeper_proto_msgTypes[8]
+	mi := &file_keeper_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -487,7 +548,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[8]
+	mi := &file_keeper_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -500,7 +561,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{8}
+	return file_keeper_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *StartResponse) GetStartedAt() int64 {
@@ -521,7 +582,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_keeper_proto_msgTypes[9]
+	mi := &file_keeper_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -533,7 +594,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[9]
+	mi := &file_keeper_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -546,7 +607,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{9}
+	return file_keeper_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SignalRequest) GetId() string {
@@ -580,7 +641,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_keeper_proto_msgTypes[10]
+	mi := &file_keeper_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -592,7 +653,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[10]
+	mi := &file_keeper_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -605,7 +666,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{10}
+	return file_keeper_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -631,7 +692,7 @@ type ReopenLogRequest struct {
 
 func (x *ReopenLogRequest) Reset() {
 	*x = ReopenLogRequest{}
-	mi := &file_keeper_proto_msgTypes[11]
+	mi := &file_keeper_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -643,7 +704,7 @@ func (x *ReopenLogRequest) String() string {
 func (*ReopenLogRequest) ProtoMessage() {}
 
 func (x *ReopenLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[11]
+	mi := &file_keeper_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -656,7 +717,7 @@ func (x *ReopenLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenLogRequest.ProtoReflect.Descriptor instead.
 func (*ReopenLogRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{11}
+	return file_keeper_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReopenLogRequest) GetId() string {
@@ -677,7 +738,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_keeper_proto_msgTypes[12]
+	mi := &file_keeper_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -689,7 +750,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[12]
+	mi := &file_keeper_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -702,7 +763,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{12}
+	return file_keeper_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ResizeRequest) GetId() string {
@@ -735,7 +796,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_keeper_proto_msgTypes[13]
+	mi := &file_keeper_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -747,7 +808,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[13]
+	mi := &file_keeper_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -760,7 +821,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{13}
+	return file_keeper_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeleteRequest) GetId() string {
@@ -778,7 +839,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_keeper_proto_msgTypes[14]
+	mi := &file_keeper_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -790,7 +851,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[14]
+	mi := &file_keeper_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -803,7 +864,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{14}
+	return file_keeper_proto_rawDescGZIP(), []int{15}
 }
 
 type ListResponse struct {
@@ -815,7 +876,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_keeper_proto_msgTypes[15]
+	mi := &file_keeper_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -827,7 +888,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[15]
+	mi := &file_keeper_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -840,7 +901,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{15}
+	return file_keeper_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListResponse) GetContainers() []*Container {
@@ -865,7 +926,7 @@ type Container struct {
 
 func (x *Container) Reset() {
 	*x = Container{}
-	mi := &file_keeper_proto_msgTypes[16]
+	mi := &file_keeper_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -877,7 +938,7 @@ func (x *Container) String() string {
 func (*Container) ProtoMessage() {}
 
 func (x *Container) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[16]
+	mi := &file_keeper_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -890,7 +951,7 @@ func (x *Container) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Container.ProtoReflect.Descriptor instead.
 func (*Container) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{16}
+	return file_keeper_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Container) GetId() string {
@@ -956,7 +1017,7 @@ type Exit struct {
 
 func (x *Exit) Reset() {
 	*x = Exit{}
-	mi := &file_keeper_proto_msgTypes[17]
+	mi := &file_keeper_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -968,7 +1029,7 @@ func (x *Exit) String() string {
 func (*Exit) ProtoMessage() {}
 
 func (x *Exit) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[17]
+	mi := &file_keeper_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -981,7 +1042,7 @@ func (x *Exit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exit.ProtoReflect.Descriptor instead.
 func (*Exit) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{17}
+	return file_keeper_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Exit) GetCode() int32 {
@@ -1034,7 +1095,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_keeper_proto_msgTypes[18]
+	mi := &file_keeper_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1046,7 +1107,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[18]
+	mi := &file_keeper_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1059,7 +1120,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{18}
+	return file_keeper_proto_rawDescGZIP(), []int{19}
 }
 
 // Event tells that a container has exited. The first event of a stream has no
@@ -1075,7 +1136,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_keeper_proto_msgTypes[19]
+	mi := &file_keeper_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1087,7 +1148,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[19]
+	mi := &file_keeper_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1100,7 +1161,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{19}
+	return file_keeper_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Event) GetId() string {
@@ -1140,14 +1201,15 @@ type ExecRequest struct {
 	Timeout       int64                  `protobuf:"varint,7,opt,name=timeout,proto3" json:"timeout,omitempty"` // nanoseconds; 0: none
 	Width         uint32                 `protobuf:"varint,8,opt,name=width,proto3" json:"width,omitempty"`
 	Height        uint32                 `protobuf:"varint,9,opt,name=height,proto3" json:"height,omitempty"`
-	Attach        *AttachRequest         `protobuf:"bytes,10,opt,name=attach,proto3" json:"attach,omitempty"` // if set, no exec: see below
+	Attach        *AttachRequest         `protobuf:"bytes,10,opt,name=attach,proto3" json:"attach,omitempty"`         // if set, no exec: see below
+	Checkpoint    *CheckpointRequest     `protobuf:"bytes,11,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"` // if set, no exec: see below
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_keeper_proto_msgTypes[20]
+	mi := &file_keeper_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1221,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[20]
+	mi := &file_keeper_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1234,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{20}
+	return file_keeper_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExecRequest) GetId() string {
@@ -1245,6 +1307,13 @@ func (x *ExecRequest) GetAttach() *AttachRequest {
 	return nil
 }
 
+func (x *ExecRequest) GetCheckpoint() *CheckpointRequest {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
 type ExecReply struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// With terminal, the first reply: the process runs, and the pty's master is
@@ -1263,7 +1332,7 @@ type ExecReply struct {
 
 func (x *ExecReply) Reset() {
 	*x = ExecReply{}
-	mi := &file_keeper_proto_msgTypes[21]
+	mi := &file_keeper_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1275,7 +1344,7 @@ func (x *ExecReply) String() string {
 func (*ExecReply) ProtoMessage() {}
 
 func (x *ExecReply) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[21]
+	mi := &file_keeper_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1288,7 +1357,7 @@ func (x *ExecReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecReply.ProtoReflect.Descriptor instead.
 func (*ExecReply) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{21}
+	return file_keeper_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExecReply) GetPid() int64 {
@@ -1349,7 +1418,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_keeper_proto_msgTypes[22]
+	mi := &file_keeper_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1361,7 +1430,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[22]
+	mi := &file_keeper_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1374,7 +1443,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{22}
+	return file_keeper_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AttachRequest) GetStdin() bool {
@@ -1412,7 +1481,7 @@ type AttachReply struct {
 
 func (x *AttachReply) Reset() {
 	*x = AttachReply{}
-	mi := &file_keeper_proto_msgTypes[23]
+	mi := &file_keeper_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1424,7 +1493,7 @@ func (x *AttachReply) String() string {
 func (*AttachReply) ProtoMessage() {}
 
 func (x *AttachReply) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[23]
+	mi := &file_keeper_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1437,7 +1506,7 @@ func (x *AttachReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachReply.ProtoReflect.Descriptor instead.
 func (*AttachReply) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{23}
+	return file_keeper_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AttachReply) GetStdout() []byte {
@@ -1485,7 +1554,7 @@ type AttachInput struct {
 
 func (x *AttachInput) Reset() {
 	*x = AttachInput{}
-	mi := &file_keeper_proto_msgTypes[24]
+	mi := &file_keeper_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1497,7 +1566,7 @@ func (x *AttachInput) String() string {
 func (*AttachInput) ProtoMessage() {}
 
 func (x *AttachInput) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[24]
+	mi := &file_keeper_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1510,7 +1579,7 @@ func (x *AttachInput) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachInput.ProtoReflect.Descriptor instead.
 func (*AttachInput) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{24}
+	return file_keeper_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AttachInput) GetEndOfStdin() bool {
@@ -1518,6 +1587,168 @@ func (x *AttachInput) GetEndOfStdin() bool {
 		return x.EndOfStdin
 	}
 	return false
+}
+
+// With a CheckpointRequest, the connection is as long as containers are paused. All
+// that are named are paused, then each is written into its directory. One
+// CheckpointReply tells that it is done. The containers go on when the caller shuts
+// down its writing side, and another CheckpointReply tells that they do; they also
+// go on when the connection breaks.
+type CheckpointRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Targets       []*CheckpointTarget    `protobuf:"bytes,1,rep,name=targets,proto3" json:"targets,omitempty"`
+	Criu          string                 `protobuf:"bytes,2,opt,name=criu,proto3" json:"criu,omitempty"` // path of the program
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointRequest) Reset() {
+	*x = CheckpointRequest{}
+	mi := &file_keeper_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointRequest) ProtoMessage() {}
+
+func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keeper_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
+func (*CheckpointRequest) Descriptor() ([]byte, []int) {
+	return file_keeper_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *CheckpointRequest) GetTargets() []*CheckpointTarget {
+	if x != nil {
+		return x.Targets
+	}
+	return nil
+}
+
+func (x *CheckpointRequest) GetCriu() string {
+	if x != nil {
+		return x.Criu
+	}
+	return ""
+}
+
+type CheckpointTarget struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Dir           string                 `protobuf:"bytes,2,opt,name=dir,proto3" json:"dir,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointTarget) Reset() {
+	*x = CheckpointTarget{}
+	mi := &file_keeper_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointTarget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointTarget) ProtoMessage() {}
+
+func (x *CheckpointTarget) ProtoReflect() protoreflect.Message {
+	mi := &file_keeper_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointTarget.ProtoReflect.Descriptor instead.
+func (*CheckpointTarget) Descriptor() ([]byte, []int) {
+	return file_keeper_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *CheckpointTarget) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *CheckpointTarget) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+type CheckpointReply struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in ExecReply.
+	Code          uint32 `protobuf:"varint,5,opt,name=code,proto3" json:"code,omitempty"`
+	Message       string `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointReply) Reset() {
+	*x = CheckpointReply{}
+	mi := &file_keeper_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointReply) ProtoMessage() {}
+
+func (x *CheckpointReply) ProtoReflect() protoreflect.Message {
+	mi := &file_keeper_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointReply.ProtoReflect.Descriptor instead.
+func (*CheckpointReply) Descriptor() ([]byte, []int) {
+	return file_keeper_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *CheckpointReply) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *CheckpointReply) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
 }
 
 var File_keeper_proto protoreflect.FileDescriptor
@@ -1539,7 +1770,7 @@ const file_keeper_proto_rawDesc = "" +
 	"\n" +
 	"supervisor\x18\x01 \x01(\v2\x19.sampan.keeper.v1.ProcessR\n" +
 	"supervisor\x121\n" +
-	"\x06worker\x18\x02 \x01(\v2\x19.sampan.keeper.v1.ProcessR\x06worker\"\x90\x02\n" +
+	"\x06worker\x18\x02 \x01(\v2\x19.sampan.keeper.v1.ProcessR\x06worker\"\xc8\x02\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x15\n" +
 	"\x06pod_id\x18\x02 \x01(\tR\x05podId\x12\x16\n" +
@@ -1551,7 +1782,13 @@ const file_keeper_proto_rawDesc = "" +
 	"\bterminal\x18\a \x01(\bR\bterminal\x12\x14\n" +
 	"\x05stdin\x18\b \x01(\bR\x05stdin\x12\x1d\n" +
 	"\n" +
-	"stdin_once\x18\t \x01(\bR\tstdinOnce\"E\n" +
+	"stdin_once\x18\t \x01(\bR\tstdinOnce\x126\n" +
+	"\arestore\x18\n" +
+	" \x01(\v2\x1c.sampan.keeper.v1.CheckpointR\arestore\"2\n" +
+	"\n" +
+	"Checkpoint\x12\x10\n" +
+	"\x03dir\x18\x01 \x01(\tR\x03dir\x12\x12\n" +
+	"\x04criu\x18\x02 \x01(\tR\x04criu\"E\n" +
 	"\x0eCreateResponse\x123\n" +
 	"\aprocess\x18\x01 \x01(\v2\x19.sampan.keeper.v1.ProcessR\aprocess\"\x1e\n" +
 	"\fStartRequest\x12\x0e\n" +
@@ -1602,7 +1839,7 @@ const file_keeper_proto_rawDesc = "" +
 	"\x05Event\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x15\n" +
 	"\x06pod_id\x18\x02 \x01(\tR\x05podId\x12*\n" +
-	"\x04exit\x18\x03 \x01(\v2\x16.sampan.keeper.v1.ExitR\x04exit\"\x94\x02\n" +
+	"\x04exit\x18\x03 \x01(\v2\x16.sampan.keeper.v1.ExitR\x04exit\"\xd9\x02\n" +
 	"\vExecRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x1a\n" +
@@ -1614,7 +1851,10 @@ const file_keeper_proto_rawDesc = "" +
 	"\x05width\x18\b \x01(\rR\x05width\x12\x16\n" +
 	"\x06height\x18\t \x01(\rR\x06height\x127\n" +
 	"\x06attach\x18\n" +
-	" \x01(\v2\x1f.sampan.keeper.v1.AttachRequestR\x06attach\"\x9d\x01\n" +
+	" \x01(\v2\x1f.sampan.keeper.v1.AttachRequestR\x06attach\x12C\n" +
+	"\n" +
+	"checkpoint\x18\v \x01(\v2#.sampan.keeper.v1.CheckpointRequestR\n" +
+	"checkpoint\"\x9d\x01\n" +
 	"\tExecReply\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x03R\x03pid\x12\x16\n" +
 	"\x06exited\x18\x02 \x01(\bR\x06exited\x12\x1b\n" +
@@ -1634,7 +1874,16 @@ const file_keeper_proto_rawDesc = "" +
 	"\amessage\x18\x06 \x01(\tR\amessage\"/\n" +
 	"\vAttachInput\x12 \n" +
 	"\fend_of_stdin\x18\x01 \x01(\bR\n" +
-	"endOfStdin2\xcb\x05\n" +
+	"endOfStdin\"e\n" +
+	"\x11CheckpointRequest\x12<\n" +
+	"\atargets\x18\x01 \x03(\v2\".sampan.keeper.v1.CheckpointTargetR\atargets\x12\x12\n" +
+	"\x04criu\x18\x02 \x01(\tR\x04criu\"4\n" +
+	"\x10CheckpointTarget\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03dir\x18\x02 \x01(\tR\x03dir\"?\n" +
+	"\x0fCheckpointReply\x12\x12\n" +
+	"\x04code\x18\x05 \x01(\rR\x04code\x12\x18\n" +
+	"\amessage\x18\x06 \x01(\tR\amessage2\xcb\x05\n" +
 	"\x06Keeper\x12E\n" +
 	"\x04Info\x12\x1d.sampan.keeper.v1.InfoRequest\x1a\x1e.sampan.keeper.v1.InfoResponse\x12K\n" +
 	"\x06Create\x12\x1f.sampan.keeper.v1.CreateRequest\x1a .sampan.keeper.v1.CreateResponse\x12H\n" +
@@ -1659,69 +1908,76 @@ func file_keeper_proto_rawDescGZIP() []byte {
 	return file_keeper_proto_rawDescData
 }
 
-var file_keeper_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_keeper_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_keeper_proto_goTypes = []any{
-	(*Empty)(nil),            // 0: sampan.keeper.v1.Empty
-	(*Process)(nil),          // 1: sampan.keeper.v1.Process
-	(*Handler)(nil),          // 2: sampan.keeper.v1.Handler
-	(*InfoRequest)(nil),      // 3: sampan.keeper.v1.InfoRequest
-	(*InfoResponse)(nil),     // 4: sampan.keeper.v1.InfoResponse
-	(*CreateRequest)(nil),    // 5: sampan.keeper.v1.CreateRequest
-	(*CreateResponse)(nil),   // 6: sampan.keeper.v1.CreateResponse
-	(*StartRequest)(nil),     // 7: sampan.keeper.v1.StartRequest
-	(*StartResponse)(nil),    // 8: sampan.keeper.v1.StartResponse
-	(*SignalRequest)(nil),    // 9: sampan.keeper.v1.SignalRequest
-	(*UpdateRequest)(nil),    // 10: sampan.keeper.v1.UpdateRequest
-	(*ReopenLogRequest)(nil), // 11: sampan.keeper.v1.ReopenLogRequest
-	(*ResizeRequest)(nil),    // 12: sampan.keeper.v1.ResizeRequest
-	(*DeleteRequest)(nil),    // 13: sampan.keeper.v1.DeleteRequest
-	(*ListRequest)(nil),      // 14: sampan.keeper.v1.ListRequest
-	(*ListResponse)(nil),     // 15: sampan.keeper.v1.ListResponse
-	(*Container)(nil),        // 16: sampan.keeper.v1.Container
-	(*Exit)(nil),             // 17: sampan.keeper.v1.Exit
-	(*WatchRequest)(nil),     // 18: sampan.keeper.v1.WatchRequest
-	(*Event)(nil),            // 19: sampan.keeper.v1.Event
-	(*ExecRequest)(nil),      // 20: sampan.keeper.v1.ExecRequest
-	(*ExecReply)(nil),        // 21: sampan.keeper.v1.ExecReply
-	(*AttachRequest)(nil),    // 22: sampan.keeper.v1.AttachRequest
-	(*AttachReply)(nil),      // 23: sampan.keeper.v1.AttachReply
-	(*AttachInput)(nil),      // 24: sampan.keeper.v1.AttachInput
+	(*Empty)(nil),             // 0: sampan.keeper.v1.Empty
+	(*Process)(nil),           // 1: sampan.keeper.v1.Process
+	(*Handler)(nil),           // 2: sampan.keeper.v1.Handler
+	(*InfoRequest)(nil),       // 3: sampan.keeper.v1.InfoRequest
+	(*InfoResponse)(nil),      // 4: sampan.keeper.v1.InfoResponse
+	(*CreateRequest)(nil),     // 5: sampan.keeper.v1.CreateRequest
+	(*Checkpoint)(nil),        // 6: sampan.keeper.v1.Checkpoint
+	(*CreateResponse)(nil),    // 7: sampan.keeper.v1.CreateResponse
+	(*StartRequest)(nil),      // 8: sampan.keeper.v1.StartRequest
+	(*StartResponse)(nil),     // 9: sampan.keeper.v1.StartResponse
+	(*SignalRequest)(nil),     // 10: sampan.keeper.v1.SignalRequest
+	(*UpdateRequest)(nil),     // 11: sampan.keeper.v1.UpdateRequest
+	(*ReopenLogRequest)(nil),  // 12: sampan.keeper.v1.ReopenLogRequest
+	(*ResizeRequest)(nil),     // 13: sampan.keeper.v1.ResizeRequest
+	(*DeleteRequest)(nil),     // 14: sampan.keeper.v1.DeleteRequest
+	(*ListRequest)(nil),       // 15: sampan.keeper.v1.ListRequest
+	(*ListResponse)(nil),      // 16: sampan.keeper.v1.ListResponse
+	(*Container)(nil),         // 17: sampan.keeper.v1.Container
+	(*Exit)(nil),              // 18: sampan.keeper.v1.Exit
+	(*WatchRequest)(nil),      // 19: sampan.keeper.v1.WatchRequest
+	(*Event)(nil),             // 20: sampan.keeper.v1.Event
+	(*ExecRequest)(nil),       // 21: sampan.keeper.v1.ExecRequest
+	(*ExecReply)(nil),         // 22: sampan.keeper.v1.ExecReply
+	(*AttachRequest)(nil),     // 23: sampan.keeper.v1.AttachRequest
+	(*AttachReply)(nil),       // 24: sampan.keeper.v1.AttachReply
+	(*AttachInput)(nil),       // 25: sampan.keeper.v1.AttachInput
+	(*CheckpointRequest)(nil), // 26: sampan.keeper.v1.CheckpointRequest
+	(*CheckpointTarget)(nil),  // 27: sampan.keeper.v1.CheckpointTarget
+	(*CheckpointReply)(nil),   // 28: sampan.keeper.v1.CheckpointReply
 }
 var file_keeper_proto_depIdxs = []int32{
 	1,  // 0: sampan.keeper.v1.InfoResponse.supervisor:type_name -> sampan.keeper.v1.Process
 	1,  // 1: sampan.keeper.v1.InfoResponse.worker:type_name -> sampan.keeper.v1.Process
 	2,  // 2: sampan.keeper.v1.CreateRequest.handler:type_name -> sampan.keeper.v1.Handler
-	1,  // 3: sampan.keeper.v1.CreateResponse.process:type_name -> sampan.keeper.v1.Process
-	16, // 4: sampan.keeper.v1.ListResponse.containers:type_name -> sampan.keeper.v1.Container
-	1,  // 5: sampan.keeper.v1.Container.process:type_name -> sampan.keeper.v1.Process
-	17, // 6: sampan.keeper.v1.Container.exit:type_name -> sampan.keeper.v1.Exit
-	17, // 7: sampan.keeper.v1.Event.exit:type_name -> sampan.keeper.v1.Exit
-	22, // 8: sampan.keeper.v1.ExecRequest.attach:type_name -> sampan.keeper.v1.AttachRequest
-	3,  // 9: sampan.keeper.v1.Keeper.Info:input_type -> sampan.keeper.v1.InfoRequest
-	5,  // 10: sampan.keeper.v1.Keeper.Create:input_type -> sampan.keeper.v1.CreateRequest
-	7,  // 11: sampan.keeper.v1.Keeper.Start:input_type -> sampan.keeper.v1.StartRequest
-	9,  // 12: sampan.keeper.v1.Keeper.Signal:input_type -> sampan.keeper.v1.SignalRequest
-	10, // 13: sampan.keeper.v1.Keeper.Update:input_type -> sampan.keeper.v1.UpdateRequest
-	11, // 14: sampan.keeper.v1.Keeper.ReopenLog:input_type -> sampan.keeper.v1.ReopenLogRequest
-	12, // 15: sampan.keeper.v1.Keeper.Resize:input_type -> sampan.keeper.v1.ResizeRequest
-	13, // 16: sampan.keeper.v1.Keeper.Delete:input_type -> sampan.keeper.v1.DeleteRequest
-	14, // 17: sampan.keeper.v1.Keeper.List:input_type -> sampan.keeper.v1.ListRequest
-	18, // 18: sampan.keeper.v1.Keeper.Watch:input_type -> sampan.keeper.v1.WatchRequest
-	4,  // 19: sampan.keeper.v1.Keeper.Info:output_type -> sampan.keeper.v1.InfoResponse
-	6,  // 20: sampan.keeper.v1.Keeper.Create:output_type -> sampan.keeper.v1.CreateResponse
-	8,  // 21: sampan.keeper.v1.Keeper.Start:output_type -> sampan.keeper.v1.StartResponse
-	0,  // 22: sampan.keeper.v1.Keeper.Signal:output_type -> sampan.keeper.v1.Empty
-	0,  // 23: sampan.keeper.v1.Keeper.Update:output_type -> sampan.keeper.v1.Empty
-	0,  // 24: sampan.keeper.v1.Keeper.ReopenLog:output_type -> sampan.keeper.v1.Empty
-	0,  // 25: sampan.keeper.v1.Keeper.Resize:output_type -> sampan.keeper.v1.Empty
-	0,  // 26: sampan.keeper.v1.Keeper.Delete:output_type -> sampan.keeper.v1.Empty
-	15, // 27: sampan.keeper.v1.Keeper.List:output_type -> sampan.keeper.v1.ListResponse
-	19, // 28: sampan.keeper.v1.Keeper.Watch:output_type -> sampan.keeper.v1.Event
-	19, // [19:29] is the sub-list for method output_type
-	9,  // [9:19] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	6,  // 3: sampan.keeper.v1.CreateRequest.restore:type_name -> sampan.keeper.v1.Checkpoint
+	1,  // 4: sampan.keeper.v1.CreateResponse.process:type_name -> sampan.keeper.v1.Process
+	17, // 5: sampan.keeper.v1.ListResponse.containers:type_name -> sampan.keeper.v1.Container
+	1,  // 6: sampan.keeper.v1.Container.process:type_name -> sampan.keeper.v1.Process
+	18, // 7: sampan.keeper.v1.Container.exit:type_name -> sampan.keeper.v1.Exit
+	18, // 8: sampan.keeper.v1.Event.exit:type_name -> sampan.keeper.v1.Exit
+	23, // 9: sampan.keeper.v1.ExecRequest.attach:type_name -> sampan.keeper.v1.AttachRequest
+	26, // 10: sampan.keeper.v1.ExecRequest.checkpoint:type_name -> sampan.keeper.v1.CheckpointRequest
+	27, // 11: sampan.keeper.v1.CheckpointRequest.targets:type_name -> sampan.keeper.v1.CheckpointTarget
+	3,  // 12: sampan.keeper.v1.Keeper.Info:input_type -> sampan.keeper.v1.InfoRequest
+	5,  // 13: sampan.keeper.v1.Keeper.Create:input_type -> sampan.keeper.v1.CreateRequest
+	8,  // 14: sampan.keeper.v1.Keeper.Start:input_type -> sampan.keeper.v1.StartRequest
+	10, // 15: sampan.keeper.v1.Keeper.Signal:input_type -> sampan.keeper.v1.SignalRequest
+	11, // 16: sampan.keeper.v1.Keeper.Update:input_type -> sampan.keeper.v1.UpdateRequest
+	12, // 17: sampan.keeper.v1.Keeper.ReopenLog:input_type -> sampan.keeper.v1.ReopenLogRequest
+	13, // 18: sampan.keeper.v1.Keeper.Resize:input_type -> sampan.keeper.v1.ResizeRequest
+	14, // 19: sampan.keeper.v1.Keeper.Delete:input_type -> sampan.keeper.v1.DeleteRequest
+	15, // 20: sampan.keeper.v1.Keeper.List:input_type -> sampan.keeper.v1.ListRequest
+	19, // 21: sampan.keeper.v1.Keeper.Watch:input_type -> sampan.keeper.v1.WatchRequest
+	4,  // 22: sampan.keeper.v1.Keeper.Info:output_type -> sampan.keeper.v1.InfoResponse
+	7,  // 23: sampan.keeper.v1.Keeper.Create:output_type -> sampan.keeper.v1.CreateResponse
+	9,  // 24: sampan.keeper.v1.Keeper.Start:output_type -> sampan.keeper.v1.StartResponse
+	0,  // 25: sampan.keeper.v1.Keeper.Signal:output_type -> sampan.keeper.v1.Empty
+	0,  // 26: sampan.keeper.v1.Keeper.Update:output_type -> sampan.keeper.v1.Empty
+	0,  // 27: sampan.keeper.v1.Keeper.ReopenLog:output_type -> sampan.keeper.v1.Empty
+	0,  // 28: sampan.keeper.v1.Keeper.Resize:output_type -> sampan.keeper.v1.Empty
+	0,  // 29: sampan.keeper.v1.Keeper.Delete:output_type -> sampan.keeper.v1.Empty
+	16, // 30: sampan.keeper.v1.Keeper.List:output_type -> sampan.keeper.v1.ListResponse
+	20, // 31: sampan.keeper.v1.Keeper.Watch:output_type -> sampan.keeper.v1.Event
+	22, // [22:32] is the sub-list for method output_type
+	12, // [12:22] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_keeper_proto_init() }
@@ -1735,7 +1991,7 @@ func file_keeper_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keeper_proto_rawDesc), len(file_keeper_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -29,6 +29,7 @@ const (
 	runtimeName = "runtime" // directory, the OCI runtime's
 	processName = "process" // record: the first process; the container is created
 	startedName = "started" // record: when Start was called; before it has effect
+	pausedName  = "paused"  // empty: it is paused for a checkpoint; before it is
 	statusName  = "status"  // how the process exited, written by the supervisor
 )
 
@@ -132,7 +133,11 @@ func (c *container) make(ctx context.Context) error {
 		return fmt.Errorf("create container %s: %w", c.id, err)
 	}
 	// The runtime's errors say what could not be done.
-	started, err := c.rt.Create(ctx, c.name(), ociruntime.CreateRequest{Bundle: c.req.Bundle, Stdio: stdio.forProcess(c.req.Terminal)})
+	create := ociruntime.CreateRequest{Bundle: c.req.Bundle, Stdio: stdio.forProcess(c.req.Terminal)}
+	if from := c.req.Restore; from != nil {
+		create.Restore = &ociruntime.Checkpoint{Dir: from.Dir, CRIU: from.CRIU}
+	}
+	started, err := c.rt.Create(ctx, c.name(), create)
 	if err != nil {
 		return err
 	}
@@ -272,6 +277,9 @@ func (c *container) load() (made bool, err error) {
 	if err := c.loadProgress(); err != nil {
 		return false, err
 	}
+	if err := c.resumeCutOff(); err != nil {
+		return false, err
+	}
 	if err := c.reopenStdio(); err != nil {
 		return false, err
 	}
@@ -385,7 +393,11 @@ func (c *container) signal(ctx context.Context, sig unix.Signal, all bool) error
 	}
 	if all || sig == unix.SIGKILL {
 		// The runtime knows whether the first process takes the others along.
-		return c.rt.Signal(ctx, c.name(), sig, all)
+		err := c.rt.Signal(ctx, c.name(), sig, all)
+		if err == nil && sig == unix.SIGKILL && c.isPaused() {
+			err = c.rt.Resume(ctx, c.name()) // nobody dies while paused
+		}
+		return err
 	}
 	if err := c.pidfd.Signal(sig); errdefs.IsNotFound(err) {
 		return fmt.Errorf("signal container %s: it has exited: %w", c.id, errdefs.ErrFailedPrecondition)

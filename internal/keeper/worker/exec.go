@@ -52,7 +52,7 @@ func (w *worker) serveExecs(l net.Listener) error {
 	}
 }
 
-// execution is one exec or attach, which lives no longer than its connection.
+// execution is one exec, attach or checkpoint, which lives no longer than its connection.
 type execution struct {
 	w    *worker
 	conn *net.UnixConn
@@ -75,6 +75,9 @@ func (x *execution) run() error {
 	if x.req.Attach != nil {
 		return x.attach()
 	}
+	if x.req.Checkpoint != nil {
+		return x.checkpoint()
+	}
 	if len(x.req.Args) == 0 {
 		return fmt.Errorf("exec in container %s: no command: %w", x.req.Id, errdefs.ErrInvalidArgument)
 	}
@@ -91,6 +94,9 @@ func (x *execution) run() error {
 	}
 	if s := x.c.state(); s != keeper.Running {
 		return fmt.Errorf("exec in container %s: it is %s: %w", x.c.id, s, errdefs.ErrFailedPrecondition)
+	}
+	if err := x.c.awaitResume(ctx); err != nil {
+		return fmt.Errorf("exec in container %s: %w", x.c.id, err)
 	}
 	process, err := x.process()
 	if err != nil {

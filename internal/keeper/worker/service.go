@@ -35,6 +35,7 @@ func (s *service) Create(ctx context.Context, r *api.CreateRequest) (*api.Create
 		c.create(keeper.CreateRequest{
 			ID: r.Id, PodID: r.PodId, Bundle: r.Bundle, LogPath: r.LogPath, ExitRecord: r.ExitRecord,
 			Terminal: r.Terminal, Stdin: r.Stdin, StdinOnce: r.StdinOnce,
+			Restore: restoreOf(r),
 			Handler: keeper.Handler{
 				Kind: keeper.HandlerKind(r.GetHandler().GetKind()), Path: r.GetHandler().GetPath(), SystemdCgroup: r.GetHandler().GetSystemdCgroup(),
 			},
@@ -48,6 +49,13 @@ func (s *service) Create(ctx context.Context, r *api.CreateRequest) (*api.Create
 		return nil, err
 	}
 	return &api.CreateResponse{Process: toAPIProcess(c.process)}, nil
+}
+
+func restoreOf(r *api.CreateRequest) *keeper.Checkpoint {
+	if r.Restore == nil {
+		return nil
+	}
+	return &keeper.Checkpoint{Dir: r.Restore.Dir, CRIU: r.Restore.Criu}
 }
 
 // begin makes a container unless there is one called id. It is false if this

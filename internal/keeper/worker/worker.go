@@ -74,6 +74,7 @@ func Run(cfg Config) error {
 		containers: map[string]*container{},
 		watchers:   map[chan *api.Event]struct{}{},
 		runtimes:   map[keeper.Handler]ociruntime.Runtime{},
+		pausing:    make(chan struct{}, 1),
 		lastUse:    time.Now(),
 	}
 	if w.self, err = host.Identify(os.Getpid()); err != nil {
@@ -104,6 +105,7 @@ type worker struct {
 	self, supervisor host.Process
 
 	connections atomic.Int64
+	pausing     chan struct{} // holds a token during a checkpoint
 
 	mu         sync.Mutex
 	containers map[string]*container

@@ -35,8 +35,12 @@ import (
 )
 
 // Init takes over, and never returns, if the program was executed to become a
-// container's process. Otherwise it does nothing. It must be the first call in main.
+// container's process, or to run CRIU. Otherwise it does nothing. It must be the
+// first call in main.
 func Init() {
+	if len(os.Args) == 2 && os.Args[1] == criuArgument && os.Getenv(criuEnv) != "" {
+		os.Exit(runTask())
+	}
 	if len(os.Args) == 2 && os.Args[1] == "init" && os.Getenv("_LIBCONTAINER_INITTYPE") != "" {
 		libcontainer.Init()
 	}

@@ -65,7 +65,7 @@ func (d *driver) Create(ctx context.Context, c ociruntime.Container, bundle stri
 			return ociruntime.Started{}, fmt.Errorf("%w: mount on %s: %w", errdefs.ErrInvalidArgument, m.Destination, err)
 		}
 	}
-	return d.launch(ctx, c, spec.Process, stdio, "create", "--bundle", bundle)
+	return d.launch(ctx, c, spec.Process, invocation{verb: "create", args: []string{"--bundle", bundle}, stdio: stdio})
 }
 
 // Exec runs the exec command.
@@ -75,28 +75,29 @@ func (d *driver) Exec(ctx context.Context, c ociruntime.Container, p *specs.Proc
 		return ociruntime.Started{}, err
 	}
 	defer os.Remove(path)
-	return d.launch(ctx, c, p, stdio, "exec", "--detach", "--process", path)
+	return d.launch(ctx, c, p, invocation{verb: "exec", args: []string{"--detach", "--process", path}, stdio: stdio})
 }
 
 // launch runs a command that leaves a process behind.
-func (d *driver) launch(ctx context.Context, c ociruntime.Container, p *specs.Process, stdio ociruntime.Stdio, verb string, args ...string) (ociruntime.Started, error) {
-	dir, err := os.MkdirTemp(c.StateDir, verb+"-")
+func (d *driver) launch(ctx context.Context, c ociruntime.Container, p *specs.Process, inv invocation) (ociruntime.Started, error) {
+	dir, err := os.MkdirTemp(c.StateDir, inv.verb+"-")
 	if err != nil {
 		return ociruntime.Started{}, err
 	}
 	defer os.RemoveAll(dir)
 	pidFile := filepath.Join(dir, "pid")
-	args = append(args, "--pid-file", pidFile)
+	inv.args = append(inv.args, "--pid-file", pidFile)
 	var terminal *console.Listener
 	if p.Terminal {
 		if terminal, err = console.Listen(dir, "console"); err != nil {
 			return ociruntime.Started{}, err
 		}
 		defer terminal.Close()
-		args = append(args, "--console-socket", terminal.Path())
-		stdio = ociruntime.Stdio{}
+		inv.args = append(inv.args, "--console-socket", terminal.Path())
+		inv.stdio = ociruntime.Stdio{}
 	}
-	if err := d.run(ctx, c, invocation{verb: verb, args: args, stdio: stdio, keepsStdio: true}); err != nil {
+	inv.keepsStdio = true
+	if err := d.run(ctx, c, inv); err != nil {
 		return ociruntime.Started{}, err
 	}
 	pid, err := readPid(pidFile)

@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"sampan.dev/sampan/internal/ociruntime"
+	"sampan.dev/sampan/internal/ociruntime/criu"
 )
 
 // invocation is one run of the runtime's program.
@@ -32,6 +33,9 @@ type invocation struct {
 	keepsStdio bool
 	stdio      ociruntime.Stdio
 	out        io.Writer
+
+	// criu is the path of the program criu, for commands that need it.
+	criu string
 }
 
 // maxErrors bounds what is read of a command's complaints.
@@ -58,7 +62,6 @@ func (d *driver) run(ctx context.Context, c ociruntime.Container, inv invocation
 	args = append(append(append(args, inv.verb), inv.args...), c.ID)
 	cmd := exec.CommandContext(ctx, d.path, args...)
 	cmd.WaitDelay = stdioDelay
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var complaints limited
 	if inv.keepsStdio {
 		attach(cmd, inv.stdio)
@@ -66,10 +69,11 @@ func (d *driver) run(ctx context.Context, c ociruntime.Container, inv invocation
 		cmd.Stdout, cmd.Stderr = inv.out, &complaints
 	}
 
-	// The death signal is that of the thread that starts the command.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	err = cmd.Run()
+	if inv.criu != "" {
+		err = criu.Run(ctx, cmd, inv.criu)
+	} else {
+		err = runBound(cmd)
+	}
 	switch {
 	case err == nil:
 		return nil
@@ -83,6 +87,15 @@ func (d *driver) run(ctx context.Context, c ociruntime.Container, inv invocation
 		said = strings.TrimSpace(complaints.String())
 	}
 	return fmt.Errorf("%s %s: %s: %w", filepath.Base(d.path), inv.verb, said, err)
+}
+
+// runBound runs a command that dies with this process. The death signal is that of
+// the thread that starts the command.
+func runBound(cmd *exec.Cmd) error {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	return cmd.Run()
 }
 
 // attach gives a command stdio. An interface that holds a nil *os.File is not

@@ -64,6 +64,11 @@ func Run(t *testing.T, factory Factory) {
 			{"Concurrent", s.concurrent},
 			{"Hooks", s.hooks},
 			{"Seccomp", s.seccomp},
+			{"Pause", s.pause},
+			{"Checkpoint", s.checkpoint},
+			{"CheckpointRefuses", s.checkpointRefuses},
+			{"RestoreRefuses", s.restoreRefuses},
+			{"RestoreUndoneAtEndOfContext", s.restoreUndone},
 		} {
 			t.Run(test.name, test.run)
 		}

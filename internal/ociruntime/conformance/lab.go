@@ -21,6 +21,7 @@ import (
 
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/ociruntime"
+	"sampan.dev/sampan/internal/ociruntime/criu"
 )
 
 // Lab is a place to run containers in: a root file system with busybox, a parent
@@ -130,6 +131,7 @@ func (l *Lab) Spec(name string, args ...string) *specs.Spec {
 			{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"newinstance", "ptmxmode=0666", "mode=0620"}},
 			{Destination: "/tmp", Type: "tmpfs", Source: "tmpfs", Options: []string{"mode=1777"}},
 		},
+		Annotations: map[string]string{criu.ConfigAnnotation: filepath.Join(l.dir, name, "criu.conf")},
 		Linux: &specs.Linux{
 			CgroupsPath: filepath.Join(l.parent, name),
 			Namespaces: []specs.LinuxNamespace{
@@ -221,10 +223,14 @@ func (l *Lab) Run(t testing.TB, rt ociruntime.Runtime, args []string, edits ...f
 func (c *Container) Create() error {
 	ctx, cancel := c.context()
 	defer cancel()
-	var err error
+	return c.create(ctx, nil)
+}
+
+func (c *Container) create(ctx context.Context, from *ociruntime.Checkpoint) (err error) {
 	c.Started, err = c.rt.Create(ctx, c.Container, ociruntime.CreateRequest{
-		Bundle: c.Bundle,
-		Stdio:  ociruntime.Stdio{Stdout: c.fifo, Stderr: c.fifo},
+		Bundle:  c.Bundle,
+		Stdio:   ociruntime.Stdio{Stdout: c.fifo, Stderr: c.fifo},
+		Restore: from,
 	})
 	return err
 }

@@ -57,6 +57,15 @@ type Driver interface {
 	// at a time.
 	Update(ctx context.Context, c ociruntime.Container, r *specs.LinuxResources) error
 
+	// Checkpoint is as in ociruntime.Runtime, with the options for CRIU in place.
+	// Dir has an empty criu.ImagesDir; CRIU's log goes to Dir. Checkpoints come
+	// one at a time.
+	Checkpoint(ctx context.Context, c ociruntime.Container, to ociruntime.Checkpoint) error
+
+	// Restore is like Create, of processes that come from a checkpoint and stay
+	// stopped. CRIU's log goes to the state directory.
+	Restore(ctx context.Context, c ociruntime.Container, bundle string, spec *specs.Spec, stdio ociruntime.Stdio, from ociruntime.Checkpoint) (ociruntime.Started, error)
+
 	// Destroy removes what the driver knows of besides processes, cgroups and
 	// the state directory. All processes in the cgroup are dead. The container
 	// may be half made, or destroyed.
@@ -85,11 +94,16 @@ type runtime struct {
 	// updating is held by Update: an update reads all limits of a container and
 	// writes them back, so two at once would undo each other.
 	updating sync.Mutex
+
+	// dumping is held by Checkpoint and by a Create that restores: CRIU is not
+	// made to run beside itself, and libcontainer's use of it even less.
+	dumping sync.Mutex
 }
 
 // The records in a state directory, in the order in which they come to be.
 const (
 	undoName    = "undo"    // how to undo everything that is made from now on
+	restoreName = "restore" // empty: the processes come from a checkpoint
 	firstName   = "first"   // the first process: Create succeeded
 	startedName = "started" // empty: Start succeeded
 )
@@ -204,7 +218,12 @@ func (r *runtime) carryOut(ctx context.Context, c ociruntime.Container, u undo, 
 		return ociruntime.Started{}, err
 	}
 	stop := killAtEnd(ctx, u.Cgroup)
-	started, err := r.driver.Create(ctx, c, req.Bundle, spec, req.Stdio)
+	started, err := r.makeProcess(ctx, c, req, spec)
+	if err == nil && req.Restore != nil {
+		if err = confined(u.Cgroup, spec); err != nil {
+			err = errors.Join(err, Discard(started))
+		}
+	}
 	stop()
 	switch {
 	case err != nil && ctx.Err() != nil:
@@ -220,6 +239,14 @@ func (r *runtime) carryOut(ctx context.Context, c ociruntime.Container, u undo, 
 		return ociruntime.Started{}, errors.Join(err, Discard(started))
 	}
 	return started, nil
+}
+
+// makeProcess makes the first process, or all of those of a checkpoint.
+func (r *runtime) makeProcess(ctx context.Context, c ociruntime.Container, req ociruntime.CreateRequest, spec *specs.Spec) (ociruntime.Started, error) {
+	if req.Restore == nil {
+		return r.driver.Create(ctx, c, req.Bundle, spec, req.Stdio)
+	}
+	return r.restore(ctx, c, req, spec)
 }
 
 func recordFirst(c ociruntime.Container, pid int) error {
@@ -288,7 +315,7 @@ func (r *runtime) start(ctx context.Context, c ociruntime.Container) error {
 	if status != ociruntime.Created {
 		return notIn(status)
 	}
-	if err := r.driver.Start(ctx, c, first); err != nil {
+	if err := r.letGo(ctx, c, first); err != nil {
 		return err
 	}
 	return os.WriteFile(filepath.Join(c.StateDir, startedName), nil, 0o600)
@@ -311,7 +338,7 @@ func (r *runtime) status(ctx context.Context, c ociruntime.Container) (host.Proc
 	if state.Exists(filepath.Join(c.StateDir, startedName)) {
 		return first, ociruntime.Running, nil
 	}
-	started, err := r.driver.Started(ctx, c, first)
+	started, err := r.wasLetGo(ctx, c, first)
 	switch {
 	case err != nil:
 		return host.Process{}, "", err
