@@ -18,6 +18,8 @@ VERSION := $(shell cat VERSION)$(shell git describe --always --exclude='*' --dir
 GO_BUILD := go build -trimpath -buildvcs=false
 # What the keeper is built with; the checks look at the same code.
 KEEPER_TAGS := netgo,osusergo,seccomp,static_build
+# NRI plugins are programs; without those in WebAssembly the daemon is smaller.
+DAEMON_TAGS := nri_no_wasm
 SUITES := ./test/quickstart ./test/e2e ./test/conformance ./test/abuse
 PACKAGES = $(filter-out $(SUITES:./%=sampan.dev/sampan/%),$(shell go list ./...))
 
@@ -30,7 +32,7 @@ deps:
 # Go itself knows best what has changed, so these always ask it.
 .PHONY: bin/sampan bin/sampan-keeper bin/sampan-hello
 bin/sampan: embed
-	CGO_ENABLED=0 $(GO_BUILD) -ldflags '-s -w -X main.release=$(VERSION)' -o $@ ./cmd/sampan
+	CGO_ENABLED=0 $(GO_BUILD) -tags $(DAEMON_TAGS) -ldflags '-s -w -X main.release=$(VERSION)' -o $@ ./cmd/sampan
 bin/sampan-keeper:
 	CGO_ENABLED=1 $(GO_BUILD) -tags $(KEEPER_TAGS) -ldflags '-s -w -linkmode external -extldflags "-static"' -o $@ ./cmd/sampan-keeper
 bin/sampan-hello:

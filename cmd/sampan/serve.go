@@ -29,6 +29,7 @@ import (
 	"sampan.dev/sampan/internal/network"
 	"sampan.dev/sampan/internal/network/builtin"
 	"sampan.dev/sampan/internal/network/cni"
+	"sampan.dev/sampan/internal/nri"
 	"sampan.dev/sampan/internal/pod"
 	"sampan.dev/sampan/internal/registry"
 	"sampan.dev/sampan/internal/spec"
@@ -119,10 +120,14 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		return err
 	}
 	defer func() { err = errors.Join(err, closeImages(images)) }()
+	plugins, err := openPlugins(cfg, log)
+	if err != nil {
+		return err
+	}
 	runtimes := handler.Open(programs(cfg), log)
 	defer runtimes.Close()
 	profiles := apparmor.New(apparmor.HostConfig(facts.AppArmor, log))
-	pods, podNetwork, err := openPods(cfg, images, runtimes, profiles, facts, log)
+	pods, podNetwork, err := openPods(cfg, images, runtimes, profiles, plugins, facts, log)
 	if err != nil {
 		return err
 	}
@@ -151,12 +156,20 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err != nil {
 		return err
 	}
-	served := make(chan error, 2)
+	served := make(chan error, 3)
 	go func() { served <- server.Serve(listener) }()
 	go func() { served <- streams.Serve() }()
 	log.Info("serving", "listen", cfg.Listen, "version", version(), "dur", time.Since(start).Round(time.Millisecond))
 	if _, err := sdnotify.SdNotify(false, sdnotify.SdNotifyReady); err != nil {
 		log.Warn("tell systemd that the daemon is ready", "err", err)
+	}
+	if plugins != nil {
+		defer plugins.Close()
+		go func() {
+			if err := plugins.Start(pods); err != nil {
+				served <- err
+			}
+		}()
 	}
 	adopted := make(chan struct{})
 	go func() {
@@ -227,7 +240,18 @@ func listenUnix(path string) (net.Listener, error) {
 	return l, os.Chmod(path, 0o600)
 }
 
-func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, profiles *apparmor.AppArmor, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
+// openPlugins returns nil if there are to be none.
+func openPlugins(cfg config.Config, log *slog.Logger) (*nri.Plugins, error) {
+	if !cfg.NRI.Enable {
+		return nil, nil
+	}
+	return nri.New(nri.Config{
+		Version: version(), Socket: cfg.NRI.SocketPath, PluginDir: cfg.NRI.PluginPath, PluginConfDir: cfg.NRI.PluginConfPath,
+		RequestTimeout: time.Duration(cfg.NRI.RequestTimeout) * time.Second, Logger: log,
+	})
+}
+
+func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, profiles *apparmor.AppArmor, plugins *nri.Plugins, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
 	podNetwork, err := openNetwork(cfg, log)
 	if err != nil {
 		return nil, nil, err
@@ -249,9 +273,13 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 	if err != nil {
 		return nil, nil, err
 	}
+	var heard pod.Plugins // nil in truth, if there are none
+	if plugins != nil {
+		heard = plugins
+	}
 	pods, err := pod.Open(pod.Config{
 		Root: cfg.Root, State: cfg.State, NetNS: "/run/netns",
-		Images: podImages{images}, Layers: images.Layers(), Network: podNetwork,
+		Images: podImages{images}, Layers: images.Layers(), Network: podNetwork, Plugins: heard,
 		Keeper: keeperDialer(cfg, keeperPath, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
 		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath,
 		Features:    handlerFeatures(runtimes),

@@ -38,6 +38,7 @@ type Config struct {
 	Cgroup         Cgroup             `toml:"cgroup"`
 	Keeper         Keeper             `toml:"keeper"`
 	Streaming      Streaming          `toml:"streaming"`
+	NRI            NRI                `toml:"nri"`
 	Handlers       map[string]Handler `toml:"handlers"` // by name, without BuiltinHandler
 }
 
@@ -102,6 +103,15 @@ type Streaming struct {
 	TLSKey  string `toml:"tls_key"`  // PEM file
 }
 
+// NRI says where plugins of the Node Resource Interface are.
+type NRI struct {
+	Enable         bool   `toml:"enable"`
+	SocketPath     string `toml:"socket_path"`        // where plugins connect
+	PluginPath     string `toml:"plugin_path"`        // those to run
+	PluginConfPath string `toml:"plugin_config_path"` // what these get
+	RequestTimeout int    `toml:"request_timeout"`    // seconds; a plugin that takes longer is dropped
+}
+
 // Handler is an OCI runtime that is driven by its command line.
 type Handler struct {
 	Path string `toml:"path"`
@@ -125,7 +135,11 @@ func Default() Config {
 		Cgroup:    Cgroup{Driver: CgroupAuto},
 		Keeper:    Keeper{Isolation: IsolationNode},
 		Streaming: Streaming{Address: "127.0.0.1:0"},
-		Handlers:  map[string]Handler{},
+		NRI: NRI{
+			Enable: true, SocketPath: "/var/run/nri/nri.sock",
+			PluginPath: "/opt/nri/plugins", PluginConfPath: "/etc/nri/conf.d", RequestTimeout: 5,
+		},
+		Handlers: map[string]Handler{},
 	}
 }
 

@@ -49,6 +49,7 @@ func (c Config) Validate() error {
 	choice(v, "keeper.isolation", c.Keeper.Isolation, IsolationNode, IsolationPod)
 	v.address("streaming.address", c.Streaming.Address)
 	v.pair("streaming.tls_cert", c.Streaming.TLSCert, "streaming.tls_key", c.Streaming.TLSKey)
+	v.nri(c.NRI)
 	v.handlers(c.Handlers, c.DefaultHandler)
 	return v.err()
 }
@@ -148,4 +149,18 @@ func choice[T ~string](v *problems, key string, value T, allowed ...T) {
 func within(path, dir string) bool {
 	rel, err := filepath.Rel(dir, path)
 	return err == nil && rel != ".." && !strings.HasPrefix(rel, "../")
+}
+
+func (v *problems) nri(n NRI) {
+	if !n.Enable {
+		return
+	}
+	if p := n.SocketPath; !filepath.IsAbs(p) || filepath.Clean(p) != p || len(p) > maxSocketPath {
+		v.add("nri.socket_path", p, fmt.Sprintf("must be an absolute path of at most %d bytes", maxSocketPath))
+	}
+	v.dir("nri.plugin_path", n.PluginPath)
+	v.dir("nri.plugin_config_path", n.PluginConfPath)
+	if n.RequestTimeout < 1 || n.RequestTimeout > 600 {
+		v.add("nri.request_timeout", strconv.Itoa(n.RequestTimeout), "must be 1 to 600 seconds")
+	}
 }

@@ -60,8 +60,8 @@ func (s *runtimeService) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSa
 }
 
 // UpdatePodSandboxResources notes what the kubelet has resized the pod to.
-func (s *runtimeService) UpdatePodSandboxResources(_ context.Context, r *runtimeapi.UpdatePodSandboxResourcesRequest) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
-	return &runtimeapi.UpdatePodSandboxResourcesResponse{}, s.cfg.Pods.UpdatePod(r.GetPodSandboxId(), r.GetOverhead(), r.GetResources())
+func (s *runtimeService) UpdatePodSandboxResources(ctx context.Context, r *runtimeapi.UpdatePodSandboxResourcesRequest) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
+	return &runtimeapi.UpdatePodSandboxResourcesResponse{}, s.cfg.Pods.UpdatePod(ctx, r.GetPodSandboxId(), r.GetOverhead(), r.GetResources())
 }
 
 // ListPodSandbox lists the pods that pass the filter.

@@ -43,9 +43,21 @@ func Open(cfg Config) (*Pods, error) {
 	}
 	for _, p := range s.pods {
 		p.told = s.podReached(p)
+		switch p.phase {
+		case ready:
+			p.heard.Store(heardOf)
+		case stopped:
+			p.heard.Store(heardToStop)
+		}
 	}
 	for _, c := range s.containers {
 		c.told, _ = s.containerReached(c)
+		switch c.state {
+		case Created, Running:
+			c.heard.Store(heardOf)
+		case Exited:
+			c.heard.Store(heardToStop)
+		}
 	}
 	return s, nil
 }

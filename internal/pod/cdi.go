@@ -22,6 +22,11 @@ func injectDevices(oci *specs.Spec, dirs []string, config *runtimeapi.ContainerC
 	if err != nil || len(names) == 0 {
 		return err
 	}
+	return injectNamed(oci, dirs, names)
+}
+
+// injectNamed adds the devices with these names.
+func injectNamed(oci *specs.Spec, dirs, names []string) error {
 	files, err := cdi.NewCache(cdi.WithAutoRefresh(false), cdi.WithSpecDirs(dirs...))
 	if err != nil {
 		return err

@@ -37,7 +37,10 @@ type Container struct {
 	abandon   context.CancelFunc // ends its creation
 	starting  bool               // the keeper was asked to start it and has not answered
 
-	told EventKind // the last event that was announced; guarded by Pods.events
+	told  EventKind // the last event that was announced; guarded by Pods.events
+	heard heard     // by plugins
+
+	cgroupsPath string // of the spec, if plugins have chosen another; set before the container is visible
 }
 
 // State is where a container is in its life.
@@ -117,6 +120,7 @@ func (c *Container) end(exit keeper.Exit) {
 func (s *Pods) ended(c *Container, exit keeper.Exit) {
 	c.end(exit)
 	s.announceContainer(c)
+	s.hearsExit(c)
 }
 
 // giveUp makes a creation under way undo itself.
@@ -216,6 +220,7 @@ func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.C
 		return "", err
 	}
 	s.announceContainer(c)
+	s.tellCreated(ctx, p, c)
 	return c.ID, nil
 }
 
@@ -265,7 +270,7 @@ func (s *Pods) assemble(ctx context.Context, p *Pod, c *Container) error {
 	for _, g := range u.AdditionalGids {
 		user.Groups = append(user.Groups, int64(g))
 	}
-	if err := state.Write(filepath.Join(s.paths.container(c.ID), "created"), createdKind, createdRecord{resp.Process, user}, state.Volatile); err != nil {
+	if err := state.Write(filepath.Join(s.paths.container(c.ID), "created"), createdKind, createdRecord{Process: resp.Process, User: user, CgroupsPath: c.cgroupsPath}, state.Volatile); err != nil {
 		return err
 	}
 	c.mu.Lock()
@@ -303,7 +308,14 @@ func (s *Pods) startContainer(ctx context.Context, c *Container) error {
 	if st.State != Created {
 		return fmt.Errorf("it is %v, not created: %w", st.State, errdefs.ErrFailedPrecondition)
 	}
-	k, err := s.keeperOf(ctx, c)
+	p, err := s.pod(c.PodID)
+	if err != nil {
+		return err
+	}
+	if err := s.tellStart(ctx, p, c); err != nil {
+		return err
+	}
+	k, err := s.keeper(ctx, p)
 	if err != nil {
 		return err
 	}
@@ -312,7 +324,11 @@ func (s *Pods) startContainer(ctx context.Context, c *Container) error {
 	if err != nil {
 		return err
 	}
-	return state.Write(filepath.Join(s.paths.container(c.ID), "started"), startedKind, startedRecord{at}, state.Volatile)
+	if err := state.Write(filepath.Join(s.paths.container(c.ID), "started"), startedKind, startedRecord{at}, state.Volatile); err != nil {
+		return err
+	}
+	s.tellStarted(ctx, p, c)
+	return nil
 }
 
 // start marks the container as running. Its exit may be known before the keeper
@@ -365,7 +381,13 @@ func (s *Pods) StopContainer(ctx context.Context, id string, grace time.Duration
 	}
 	// Two stops with different grace periods must not wait for each other.
 	key := fmt.Sprintf("%s\x00%d", c.ID, grace)
-	return s.once(ctx, "stop", c, key, func(ctx context.Context) error { return s.stopContainer(ctx, p, c, grace) })
+	return s.once(ctx, "stop", c, key, func(ctx context.Context) error {
+		if err := s.stopContainer(ctx, p, c, grace); err != nil {
+			return err
+		}
+		s.tellContainerStopped(ctx, p, c)
+		return nil
+	})
 }
 
 func (s *Pods) stopContainer(ctx context.Context, p *Pod, c *Container, grace time.Duration) error {
@@ -454,6 +476,18 @@ func (s *Pods) UpdateContainer(ctx context.Context, id string, update *runtimeap
 	if err != nil {
 		return err
 	}
+	update, err = s.tellUpdate(ctx, c, update)
+	if err != nil {
+		return fmt.Errorf("update %v: %w", c, err)
+	}
+	if err := s.changeLimits(ctx, c, update); err != nil {
+		return err
+	}
+	s.tellUpdated(ctx, c)
+	return nil
+}
+
+func (s *Pods) changeLimits(ctx context.Context, c *Container, update *runtimeapi.LinuxContainerResources) error {
 	// One at a time: each builds on what the one before has set.
 	unlock, err := s.updates.Lock(ctx, c.ID)
 	if err != nil {
@@ -572,6 +606,7 @@ func (s *Pods) undoContainer(ctx context.Context, p *Pod, c *Container) error {
 	if err := s.deleteFromKeeper(ctx, p, c.ID); err != nil {
 		return err
 	}
+	s.tellContainerRemoved(ctx, p, c)
 	if err := s.undoFiles(c.ID); err != nil {
 		return err
 	}

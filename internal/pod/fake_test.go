@@ -35,6 +35,7 @@ type lab struct {
 	images  *fakeImages
 	layers  *fakeLayers
 	dialErr error // why no keeper starts
+	plugins Plugins
 
 	facts      host.Facts
 	noAppArmor bool // no profile can be had, whatever the facts say
@@ -55,7 +56,7 @@ func (l *lab) start() *Pods {
 	l.t.Helper()
 	s, err := Open(Config{
 		Root: filepath.Join(l.dir, "root"), State: filepath.Join(l.dir, "state"), NetNS: filepath.Join(l.dir, "netns"),
-		Images: l.images, Layers: l.layers, Network: l.network,
+		Images: l.images, Layers: l.layers, Network: l.network, Plugins: l.plugins,
 		Keeper:      func(context.Context, string) (Keeper, error) { return l.keeper, l.dialErr },
 		KeeperHolds: func(string, string) bool { return false },
 		KeeperFor:   func(string) string { return "node" },

@@ -17,10 +17,28 @@ type Places struct {
 func (s *Pods) Places(p Status, containerID string) Places {
 	parent := s.Cgroup(p)
 	at := Places{Cgroup: path.Join(parent, containerID), Writable: filepath.Join(s.paths.container(containerID), "upper")}
-	if s.cfg.SystemdCgroup {
+	s.mu.RLock()
+	c := s.containers[containerID]
+	s.mu.RUnlock()
+	if c != nil && c.cgroupsPath != "" {
+		at.Cgroup = s.cgroupAt(c.cgroupsPath)
+	} else if s.cfg.SystemdCgroup {
 		at.Cgroup = path.Join(parent, "sampan-"+containerID+".scope")
 	}
 	return at
+}
+
+// cgroupAt is where a runtime makes the cgroup of a spec's cgroupsPath.
+func (s *Pods) cgroupAt(cgroupsPath string) string {
+	if !s.cfg.SystemdCgroup {
+		return path.Join("/", cgroupsPath)
+	}
+	slice, rest, _ := strings.Cut(cgroupsPath, ":")
+	prefix, name, _ := strings.Cut(rest, ":")
+	if slice == "" {
+		slice = "system.slice"
+	}
+	return path.Join(slicePath(slice), prefix+"-"+name+".scope")
 }
 
 // Cgroup returns the cgroup that a pod's containers are in, below the root of

@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"context"
 	"fmt"
 	"path/filepath"
 
@@ -14,7 +15,7 @@ import (
 // UpdatePod notes what all of a pod may use from now on, and what running it
 // takes besides. What is nil stays as it is. The client has set the pod's cgroup
 // itself, so nothing else is to be done.
-func (s *Pods) UpdatePod(id string, overhead, resources *runtimeapi.LinuxContainerResources) error {
+func (s *Pods) UpdatePod(ctx context.Context, id string, overhead, resources *runtimeapi.LinuxContainerResources) error {
 	p, err := s.pod(id)
 	if err != nil {
 		return err
@@ -24,9 +25,13 @@ func (s *Pods) UpdatePod(id string, overhead, resources *runtimeapi.LinuxContain
 			return fmt.Errorf("update %v: %s: %w", p, field, err)
 		}
 	}
+	if err := s.tellUpdatePod(ctx, p, overhead, resources); err != nil {
+		return fmt.Errorf("update %v: %w", p, err)
+	}
 	if err := s.updatePod(p, overhead, resources); err != nil {
 		return fmt.Errorf("update %v: %w", p, err)
 	}
+	s.tellPodUpdated(ctx, p)
 	return nil
 }
 

@@ -23,14 +23,14 @@ func TestUpdatePod(t *testing.T) {
 		}
 	}
 	check(s, 10, 100)
-	if err := s.UpdatePod(p, nil, &runtimeapi.LinuxContainerResources{CpuShares: 200}); err != nil {
+	if err := s.UpdatePod(t.Context(), p, nil, &runtimeapi.LinuxContainerResources{CpuShares: 200}); err != nil {
 		t.Fatal(err)
 	}
 	check(s, 10, 200)
-	if err := s.UpdatePod(p, &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: -5}, nil); !errdefs.IsInvalidArgument(err) {
+	if err := s.UpdatePod(t.Context(), p, &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: -5}, nil); !errdefs.IsInvalidArgument(err) {
 		t.Fatalf("no such limit: %v", err)
 	}
-	if err := s.UpdatePod("none", nil, nil); !errdefs.IsNotFound(err) {
+	if err := s.UpdatePod(t.Context(), "none", nil, nil); !errdefs.IsNotFound(err) {
 		t.Fatalf("no such pod: %v", err)
 	}
 	again := l.start()
@@ -41,7 +41,7 @@ func TestUpdatePod(t *testing.T) {
 	if err := again.Stop(t.Context(), p); err != nil {
 		t.Fatal(err)
 	}
-	if err := again.UpdatePod(p, nil, nil); !errdefs.IsFailedPrecondition(err) {
+	if err := again.UpdatePod(t.Context(), p, nil, nil); !errdefs.IsFailedPrecondition(err) {
 		t.Fatalf("stopped: %v", err)
 	}
 }

@@ -98,6 +98,8 @@ type Config struct {
 	// KeeperFor names the keeper that gets a new pod's containers.
 	KeeperFor func(podID string) string
 
+	Plugins Plugins // nil if there can be none
+
 	Handlers       map[string]keeper.Handler // by name
 	DefaultHandler string                    // what the empty name means
 	// Features tells what a handler's runtime can do.
@@ -153,7 +155,8 @@ type Pod struct {
 	released            bool                                // everything Stop gives back has been given back
 	made                chan struct{}                       // closed when Run has succeeded or been undone
 
-	told EventKind // the last event that was announced; guarded by Pods.events
+	told  EventKind // the last event that was announced; guarded by Pods.events
+	heard heard     // by plugins
 }
 
 // phase is where a pod is in its life; it only grows.

@@ -63,6 +63,9 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	if err := injectDevices(oci, s.cfg.CDIDirs, c.Config.ContainerConfig); err != nil {
 		return nil, err
 	}
+	if err := s.consult(ctx, p, c, oci); err != nil {
+		return nil, err
+	}
 	if err := makeLogDir(logPath(p, c)); err != nil {
 		return nil, err
 	}

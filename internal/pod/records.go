@@ -97,6 +97,8 @@ type containerRecord struct {
 type createdRecord struct {
 	Process host.Process `json:"process"`
 	User    *userRecord  `json:"user,omitempty"`
+	// CgroupsPath is the spec's, if plugins have chosen another than is usual.
+	CgroupsPath string `json:"cgroupsPath,omitempty"`
 }
 
 type userRecord struct {
@@ -188,7 +190,7 @@ func (s *Pods) loadContainer(id string) (c *Container, made bool, err error) {
 	if err := state.Read(filepath.Join(dir, "created"), createdKind, &created); err != nil {
 		return c, false, ignoreAbsent(err)
 	}
-	c.process, c.user, c.state = created.Process, created.User, Created
+	c.process, c.user, c.cgroupsPath, c.state = created.Process, created.User, created.CgroupsPath, Created
 	var started startedRecord
 	if err := state.Read(filepath.Join(dir, "started"), startedKind, &started); err == nil {
 		c.startedAt, c.state = started.At, Running

@@ -169,6 +169,9 @@ func (s *Pods) setUp(ctx context.Context, p *Pod) error {
 			return err
 		}
 	}
+	if err := s.tellRun(ctx, p, ips); err != nil {
+		return err
+	}
 	if err := state.Write(filepath.Join(s.paths.pod(p.ID), "ready"), readyKind, readyRecord{host.BootID(), ips}, state.Volatile); err != nil {
 		return err
 	}
@@ -246,6 +249,7 @@ func (s *Pods) stopPod(ctx context.Context, p *Pod) error {
 	if err := s.killContainers(ctx, p); err != nil {
 		return err
 	}
+	s.tellPodStopped(ctx, p)
 	return s.release(ctx, p)
 }
 
@@ -282,7 +286,11 @@ func (s *Pods) killContainers(ctx context.Context, p *Pod) error {
 			c.giveUp()
 			continue
 		}
-		wg.Go(func() { errs[i] = s.kill(ctx, p, c) })
+		wg.Go(func() {
+			if errs[i] = s.kill(ctx, p, c); errs[i] == nil {
+				s.tellContainerStopped(ctx, p, c)
+			}
+		})
 	}
 	wg.Wait()
 	return errors.Join(errs...)
@@ -347,6 +355,7 @@ func (s *Pods) removePod(ctx context.Context, p *Pod) error {
 
 // undoPod removes all there is of a pod without containers, made or half made.
 func (s *Pods) undoPod(ctx context.Context, p *Pod) error {
+	s.tellPodStopped(ctx, p)
 	if err := s.release(ctx, p); err != nil {
 		return err
 	}
@@ -358,6 +367,7 @@ func (s *Pods) undoPod(ctx context.Context, p *Pod) error {
 			return err
 		}
 	}
+	s.tellPodRemoved(ctx, p)
 	if err := s.discard(s.paths.pod(p.ID)); err != nil {
 		return err
 	}

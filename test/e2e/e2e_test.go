@@ -3,9 +3,17 @@
 package e2e
 
 import (
+	"os"
 	"testing"
+
+	"github.com/containerd/nri/pkg/api"
 
 	"sampan.dev/sampan/test/lab"
 )
 
-func TestMain(m *testing.M) { lab.Main(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(api.PluginNameEnvVar) != "" {
+		os.Exit(runInstalled())
+	}
+	lab.Main(m)
+}
