@@ -95,7 +95,8 @@ func (g generator) hooks() *specs.Hooks {
 }
 
 func (g generator) AddPreStartHook(h specs.Hook) {
-	g.hooks().Prestart = append(g.hooks().Prestart, h) //nolint:staticcheck // plugins may still want it
+	//lint:ignore SA1019 plugins may still want it
+	g.hooks().Prestart = append(g.hooks().Prestart, h)
 }
 func (g generator) AddPostStartHook(h specs.Hook) {
 	g.hooks().Poststart = append(g.hooks().Poststart, h)

@@ -105,7 +105,7 @@ func checkHooks(h *specs.Hooks) error {
 	if h == nil {
 		return nil
 	}
-	//nolint:staticcheck // Prestart is deprecated and used
+	//lint:ignore SA1019 whoever may edit a spec may still use it
 	for _, list := range [][]specs.Hook{h.Prestart, h.CreateRuntime, h.CreateContainer, h.StartContainer, h.Poststart, h.Poststop} {
 		for _, hook := range list {
 			if !path.IsAbs(hook.Path) {
