@@ -74,7 +74,8 @@ func New(cfg Config) (*Plugins, error) {
 		cfg.Logger.Warn("another runtime serves NRI plugins; none can connect here until nri.socket_path is a path of our own", "path", cfg.Socket)
 		options = append(options, adaptation.WithDisabledExternalConnections())
 	}
-	nrilog.Set(logger{cfg.Logger})
+	// It has nothing to tell yet but that it knows no WebAssembly.
+	nrilog.Set(logger{slog.New(slog.DiscardHandler)})
 	adaptation.SetPluginRegistrationTimeout(registrationTimeout)
 	adaptation.SetPluginRequestTimeout(cfg.RequestTimeout)
 	var err error
@@ -82,6 +83,7 @@ func New(cfg Config) (*Plugins, error) {
 	if err != nil {
 		return nil, fmt.Errorf("nri: %w", err)
 	}
+	nrilog.Set(logger{cfg.Logger})
 	return p, nil
 }
 

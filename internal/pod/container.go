@@ -39,6 +39,9 @@ type Container struct {
 
 	told  EventKind // the last event that was announced; guarded by Pods.events
 	heard heard     // by plugins
+	// startTold is closed when plugins know that a start has succeeded or failed;
+	// nil if nobody has tried.
+	startTold chan struct{}
 
 	cgroupsPath string // of the spec, if plugins have chosen another; set before the container is visible
 }
@@ -312,6 +315,7 @@ func (s *Pods) startContainer(ctx context.Context, c *Container) error {
 	if err != nil {
 		return err
 	}
+	defer c.startsTelling()()
 	if err := s.tellStart(ctx, p, c); err != nil {
 		return err
 	}

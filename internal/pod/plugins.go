@@ -201,6 +201,35 @@ func (s *Pods) tellStarted(ctx context.Context, p *Pod, c *Container) {
 	}))
 }
 
+// maxStartTold bounds how long the end of a container waits for its start to be
+// told first.
+const maxStartTold = 10 * time.Second
+
+// startsTelling is called before plugins hear of a start; done after that, however
+// it went.
+func (c *Container) startsTelling() (done func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	told := make(chan struct{})
+	c.startTold = told
+	return func() { close(told) }
+}
+
+func (c *Container) awaitStartTold(ctx context.Context) {
+	c.mu.Lock()
+	told := c.startTold
+	c.mu.Unlock()
+	if told == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, maxStartTold)
+	defer cancel()
+	select {
+	case <-told:
+	case <-ctx.Done():
+	}
+}
+
 // tellUpdate lets plugins object to new limits, or change them.
 func (s *Pods) tellUpdate(ctx context.Context, c *Container, update *runtimeapi.LinuxContainerResources) (*runtimeapi.LinuxContainerResources, error) {
 	p, err := s.pod(c.PodID)
@@ -251,6 +280,7 @@ func (s *Pods) tellContainerStopped(ctx context.Context, p *Pod, c *Container) {
 		return
 	}
 	err := s.once(ctx, "tell plugins of the end of", c, c.ID, func(ctx context.Context) error {
+		c.awaitStartTold(ctx)
 		var answer *api.StopContainerResponse
 		err := s.tell(ctx, &c.heard, heardOf, heardToStop, func() (err error) {
 			answer, err = s.cfg.Plugins.StopContainer(ctx, &api.StopContainerRequest{Pod: s.describePod(p), Container: s.describe(c, s.specOf(c))})
