@@ -20,7 +20,7 @@ GO_BUILD := go build -trimpath -buildvcs=false
 KEEPER_TAGS := netgo,osusergo,seccomp,static_build
 # NRI plugins are programs; without those in WebAssembly the daemon is smaller.
 DAEMON_TAGS := nri_no_wasm
-SUITES := ./test/quickstart ./test/e2e ./test/conformance ./test/abuse
+SUITES := ./test/quickstart ./test/e2e ./test/conformance ./test/abuse ./test/fault
 PACKAGES = $(filter-out $(SUITES:./%=sampan.dev/sampan/%),$(shell go list ./...))
 
 .PHONY: all build deps

@@ -1,50 +1,44 @@
 /*
- * sampan-init is PID 1 of a pod whose containers share a PID namespace, and the
- * sandbox process of runtimes that need one. It does nothing but what a PID 1
- * must: it lives until it is told to end, and inherits orphans.
+ * sampan-init is the small program that does for the daemon what the daemon
+ * cannot do itself.
  *
- * It exits with 0 on SIGTERM or SIGINT, at once: whatever else is in the
- * namespace is killed by the kernel then.
+ * Without arguments it is PID 1 of a pod whose containers share a PID namespace,
+ * and the sandbox process of runtimes that need one. It does nothing but what a
+ * PID 1 must: it lives until it is told to end, and inherits orphans. It exits
+ * with 0 on SIGTERM or SIGINT, at once: whatever else is in the namespace is
+ * killed by the kernel then.
  *
- * Called as "init hold FLAGS" it is the other thing a pod may need for a moment, a
- * process with a single thread: it leaves for new namespaces, those of unshare(2)'s
- * flags FLAGS, writes one byte to standard output, and exits when standard input
- * ends. What went wrong is on standard output instead.
+ * "hold FLAGS" is the other thing a pod may need for a moment, a process with a
+ * single thread: it leaves for new namespaces, those of unshare(2)'s flags FLAGS,
+ * writes one byte to standard output, and exits when standard input ends. What
+ * went wrong is on standard output instead.
+ *
+ * With other arguments it looks at paths on volumes. Who waits for a volume whose
+ * server is gone cannot be killed, so this is no work for a process that has
+ * others to do:
+ *
+ *   follow PATH...   prints each path without symbolic links, ended by a NUL
+ *   mkdirs PATH...   makes directories, as mkdir -p does
+ *
+ * It ends at the first path that fails, having printed those before it, and the
+ * exit code is the errno then.
  */
 
 #define _GNU_SOURCE
 #include <errno.h>
+#include <limits.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-static int hold(const char *flags)
-{
-	char byte = 0;
-	ssize_t n;
-
-	if (unshare(atoi(flags)) != 0) {
-		dprintf(STDOUT_FILENO, "unshare: %s", strerror(errno));
-		return 1;
-	}
-	if (write(STDOUT_FILENO, &byte, 1) != 1)
-		return 1;
-	do
-		n = read(STDIN_FILENO, &byte, 1);
-	while (n > 0 || (n < 0 && errno == EINTR));
-	return n < 0;
-}
-
-int main(int argc, char **argv)
+static int pid1(void)
 {
 	sigset_t end;
 	int sig;
-
-	if (argc == 3 && strcmp(argv[1], "hold") == 0)
-		return hold(argv[2]);
 
 	/* The kernel reaps the children of a process that ignores SIGCHLD. */
 	if (signal(SIGCHLD, SIG_IGN) == SIG_ERR) {
@@ -67,4 +61,83 @@ int main(int argc, char **argv)
 	if (sigwait(&end, &sig) != 0)
 		return 1;
 	return 0;
+}
+
+static int hold(const char *flags)
+{
+	char byte = 0;
+	ssize_t n;
+
+	if (unshare(atoi(flags)) != 0) {
+		dprintf(STDOUT_FILENO, "unshare: %s", strerror(errno));
+		return 1;
+	}
+	if (write(STDOUT_FILENO, &byte, 1) != 1)
+		return 1;
+	do
+		n = read(STDIN_FILENO, &byte, 1);
+	while (n > 0 || (n < 0 && errno == EINTR));
+	return n < 0;
+}
+
+static int follow(const char *path)
+{
+	char real[PATH_MAX];
+
+	if (!realpath(path, real))
+		return errno;
+	if (fwrite(real, strlen(real) + 1, 1, stdout) != 1)
+		return EIO;
+	return 0;
+}
+
+static int mkdirs(const char *path)
+{
+	char dir[PATH_MAX];
+	struct stat st;
+	size_t i, n = strlen(path);
+
+	if (n >= sizeof(dir))
+		return ENAMETOOLONG;
+	/* Whatever fails but for the last shows when the next is made. */
+	for (i = 1; i <= n; i++) {
+		if (path[i] != '/' && path[i] != '\0')
+			continue;
+		memcpy(dir, path, i);
+		dir[i] = '\0';
+		if (mkdir(dir, 0755) == 0 || i < n)
+			continue;
+		if (errno != EEXIST)
+			return errno;
+		if (stat(dir, &st) != 0)
+			return errno;
+		if (!S_ISDIR(st.st_mode))
+			return ENOTDIR;
+	}
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	int (*verb)(const char *);
+	int i, err;
+
+	if (argc < 2)
+		return pid1();
+	if (argc == 3 && strcmp(argv[1], "hold") == 0)
+		return hold(argv[2]);
+	if (strcmp(argv[1], "follow") == 0)
+		verb = follow;
+	else if (strcmp(argv[1], "mkdirs") == 0)
+		verb = mkdirs;
+	else
+		return EINVAL;
+	for (i = 2; i < argc; i++) {
+		err = verb(argv[i]);
+		if (err) {
+			fflush(stdout);
+			return err;
+		}
+	}
+	return fflush(stdout) == 0 ? 0 : EIO;
 }

@@ -281,7 +281,7 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 		Root: cfg.Root, State: cfg.State, NetNS: "/run/netns",
 		Images: podImages{images}, Layers: images.Layers(), Network: podNetwork, Plugins: heard,
 		Keeper: keeperDialer(cfg, keeperPath, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
-		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath,
+		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath, VolumePaths: host.VolumePaths{Program: initPath},
 		Features:    handlerFeatures(runtimes),
 		AppArmor:    profiles.Profile,
 		KeeperHolds: func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },

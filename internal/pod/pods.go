@@ -108,6 +108,7 @@ type Config struct {
 	// so, or the runtime's default if the name is empty.
 	AppArmor      func(ctx context.Context, name string) (string, error)
 	Init          string // the program that is PID 1 of a shared PID namespace
+	VolumePaths   host.VolumePaths
 	Facts         host.Facts
 	SystemdCgroup bool
 	CDIDirs       []string // where CDI specs are; later ones win

@@ -66,7 +66,7 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	if err := s.consult(ctx, p, c, oci); err != nil {
 		return nil, err
 	}
-	if err := makeLogDir(logPath(p, c)); err != nil {
+	if err := s.makeLogDir(ctx, logPath(p, c)); err != nil {
 		return nil, err
 	}
 	return oci, writeBundle(s.paths.bundle(c.ID), oci)
@@ -80,11 +80,11 @@ func writeBundle(dir string, oci *specs.Spec) error {
 	return os.WriteFile(filepath.Join(dir, "config.json"), data, 0o600)
 }
 
-func makeLogDir(path string) error {
+func (s *Pods) makeLogDir(ctx context.Context, path string) error {
 	if path == "" {
 		return nil
 	}
-	return os.MkdirAll(filepath.Dir(path), 0o755)
+	return s.cfg.VolumePaths.MakeDirs(ctx, filepath.Dir(path))
 }
 
 // specInput reads everything the spec depends on. Images has the source of each
@@ -108,7 +108,7 @@ func (s *Pods) specInput(ctx context.Context, p *Pod, c *Container, image Image,
 	if in.Namespaces, err = s.specNamespaces(p, c.Config.ContainerConfig); err != nil {
 		return in, err
 	}
-	if in.Sources, err = s.mountSources(p, c.Config.GetMounts(), images); err != nil {
+	if in.Sources, err = s.mountSources(ctx, p, c.Config.GetMounts(), images); err != nil {
 		return in, err
 	}
 	if in.Volumes, err = s.imageVolumes(p, c, image, rootfs); err != nil {
@@ -199,51 +199,88 @@ func (s *Pods) apparmorProfile(ctx context.Context, config *runtimeapi.Container
 // without a type, and cannot say which mounts these are. So it is made, unless
 // it is a volume the kubelet itself has set up for the pod: if that is gone, an
 // empty directory would pass for the data.
-func (s *Pods) mountSources(p *Pod, mounts []*runtimeapi.Mount, images []string) ([]spec.Source, error) {
+func (s *Pods) mountSources(ctx context.Context, p *Pod, mounts []*runtimeapi.Mount, images []string) ([]spec.Source, error) {
 	sources := make([]spec.Source, len(mounts))
+	var hosts []int // the mounts whose source is a path of the host
 	for i, m := range mounts {
-		field := fmt.Sprintf("mounts[%d].host_path", i)
+		sources[i].Path = m.GetHostPath()
 		if m.GetImage().GetImage() != "" {
 			sources[i].Path = images[i]
 			continue
 		}
-		path, err := mountSource(p.Config.GetMetadata().GetUid(), m.GetHostPath())
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", field, err)
+		if !filepath.IsAbs(m.GetHostPath()) {
+			return nil, fmt.Errorf("mounts[%d].host_path: %q is not an absolute path: %w", i, m.GetHostPath(), errdefs.ErrInvalidArgument)
 		}
-		if len(m.GetUidMappings()) > 0 {
-			if err := checkMappable(path, s.namespaces(p).User); err != nil {
-				return nil, fmt.Errorf("%s: %w", field, err)
+		hosts = append(hosts, i)
+	}
+	if err := s.followSources(ctx, p.Config.GetMetadata().GetUid(), sources, hosts); err != nil {
+		return nil, err
+	}
+	for i, m := range mounts {
+		if m.GetImage().GetImage() == "" && len(m.GetUidMappings()) > 0 {
+			if err := checkMappable(sources[i].Path, s.namespaces(p).User); err != nil {
+				return nil, fmt.Errorf("mounts[%d].host_path: %w", i, err)
 			}
 		}
-		sources[i].Path = path
 		if m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_PRIVATE {
 			continue
 		}
-		if sources[i].Shared, sources[i].Slave, err = host.Propagation(path); err != nil {
-			return nil, fmt.Errorf("%s: %w", field, err)
+		var err error
+		if sources[i].Shared, sources[i].Slave, err = host.Propagation(sources[i].Path); err != nil {
+			return nil, fmt.Errorf("mounts[%d].host_path: %w", i, err)
 		}
 	}
 	return sources, nil
 }
 
-func mountSource(podUID, path string) (string, error) {
-	if !filepath.IsAbs(path) {
-		return "", fmt.Errorf("%q is not an absolute path: %w", path, errdefs.ErrInvalidArgument)
-	}
-	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
-		if podUID != "" && strings.Contains(path, "/pods/"+podUID+"/") {
-			return "", fmt.Errorf("%q is absent, but it is a volume of this pod: the kubelet has to mount it first: %w", path, errdefs.ErrInvalidArgument)
+// followSources replaces the paths of the sources that hosts counts up by those
+// without symbolic links, and makes the absent ones.
+func (s *Pods) followSources(ctx context.Context, podUID string, sources []spec.Source, hosts []int) error {
+	for made := false; len(hosts) > 0; {
+		paths := make([]string, len(hosts))
+		for n, i := range hosts {
+			paths[n] = sources[i].Path
 		}
-		if err := os.MkdirAll(path, 0o755); err != nil {
-			return "", fmt.Errorf("%q is absent and cannot be made: %w: %w", path, err, errdefs.ErrInvalidArgument)
+		real, err := s.cfg.VolumePaths.Follow(ctx, paths...)
+		for n := range real {
+			sources[hosts[n]].Path = real[n]
 		}
+		if err == nil {
+			return nil
+		}
+		if hosts = hosts[len(real):]; len(hosts) == 0 {
+			return err
+		}
+		if len(real) > 0 {
+			made = false
+		}
+		if made || !errors.Is(err, os.ErrNotExist) {
+			return sourceError(hosts[0], sources[hosts[0]].Path, "cannot be followed to a file or directory", err)
+		}
+		if err := s.makeSource(ctx, podUID, hosts[0], sources[hosts[0]].Path); err != nil {
+			return err
+		}
+		made = true
 	}
-	real, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		return "", fmt.Errorf("%q cannot be followed to a file or directory: %w: %w", path, err, errdefs.ErrInvalidArgument)
+	return nil
+}
+
+func (s *Pods) makeSource(ctx context.Context, podUID string, i int, path string) error {
+	if podUID != "" && strings.Contains(path, "/pods/"+podUID+"/") {
+		return fmt.Errorf("mounts[%d].host_path: %q is absent, but it is a volume of this pod: the kubelet has to mount it first: %w", i, path, errdefs.ErrInvalidArgument)
 	}
-	return real, nil
+	if err := s.cfg.VolumePaths.MakeDirs(ctx, path); err != nil {
+		return sourceError(i, path, "is absent and cannot be made", err)
+	}
+	return nil
+}
+
+// sourceError is the client's mistake, unless it is only that time is up.
+func sourceError(i int, path, problem string, err error) error {
+	if errors.As(err, new(unix.Errno)) {
+		err = fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return fmt.Errorf("mounts[%d].host_path: %q %s: %w", i, path, problem, err)
 }
 
 // imageVolumes makes a directory for each VOLUME of the image, with what the

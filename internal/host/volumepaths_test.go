@@ -1,0 +1,77 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+)
+
+// buildInit builds the program, which is in C.
+func buildInit(t *testing.T) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "init")
+	if out, err := exec.Command("cc", "-Wall", "-Wextra", "-Werror", "-o", program, "../../cmd/sampan-init/init.c").CombinedOutput(); err != nil {
+		t.Fatalf("build sampan-init: %v: %s", err, out)
+	}
+	return program
+}
+
+func TestVolumePaths(t *testing.T) {
+	for name, o := range map[string]VolumePaths{"in process": {}, "program": {Program: buildInit(t)}} {
+		t.Run(name, func(t *testing.T) {
+			dir, err := filepath.EvalSymlinks(t.TempDir())
+			if err != nil {
+				t.Fatal(err)
+			}
+			deep := filepath.Join(dir, "a", "b", "c")
+			for range 2 {
+				if err := o.MakeDirs(t.Context(), deep); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if info, err := os.Stat(deep); err != nil || info.Mode().Perm() != 0o755 {
+				t.Errorf("%v, %v", info, err)
+			}
+			if err := os.Symlink(filepath.Join("a", "b"), filepath.Join(dir, "link")); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			real, err := o.Follow(t.Context(), dir+"/link/../b/c", dir+"/link/c", dir+"/none", dir)
+			if want := []string{deep, deep}; !slices.Equal(real, want) || !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("followed to %q, %v; want %q and that the third is absent", real, err, want)
+			}
+			var path *fs.PathError
+			if !errors.As(err, &path) {
+				t.Errorf("%T names no path", err)
+			}
+			for _, bad := range []string{"file", "file/sub"} {
+				if err := o.MakeDirs(t.Context(), filepath.Join(dir, bad)); err == nil {
+					t.Errorf("made a directory of %q", bad)
+				}
+			}
+		})
+	}
+}
+
+// A program that hangs is left behind.
+func TestVolumePathsHangs(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "hang")
+	if err := os.WriteFile(program, []byte("#!/bin/sh\nexec sleep 100\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	_, err := VolumePaths{program}.Follow(ctx, "/")
+	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 5*time.Second {
+		t.Errorf("%v after %v", err, time.Since(start))
+	}
+}
