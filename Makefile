@@ -33,10 +33,15 @@ deps:
 .PHONY: bin/sampan bin/sampan-keeper bin/sampan-hello
 bin/sampan: embed
 	CGO_ENABLED=0 $(GO_BUILD) -tags $(DAEMON_TAGS) -ldflags '-s -w -X main.release=$(VERSION)' -o $@ ./cmd/sampan
-bin/sampan-keeper:
+bin/sampan-keeper: bin/launch
+	@scripts/embed bin/launch launch internal/ociruntime/launch/files
 	CGO_ENABLED=1 $(GO_BUILD) -tags $(KEEPER_TAGS) -ldflags '-s -w -linkmode external -extldflags "-static"' -o $@ ./cmd/sampan-keeper
 bin/sampan-hello:
 	CGO_ENABLED=0 $(GO_BUILD) -ldflags '-s -w' -o $@ ./cmd/sampan-hello
+bin/launch: $(wildcard cmd/sampan-launch/*.[ch])
+	@mkdir -p bin
+	$(CC) -Os -Wall -Wextra -Werror -ffreestanding -fno-builtin -fno-stack-protector -fno-asynchronous-unwind-tables \
+		-fno-tree-loop-distribute-patterns -nostdlib -static -s -Wl,--build-id=none -Wl,-z,noseparate-code -o $@ cmd/sampan-launch/launch.c
 bin/init: $(wildcard cmd/sampan-init/*.c)
 	@mkdir -p bin
 	$(CC) -Os -Wall -Wextra -Werror -static -s -o $@ cmd/sampan-init/*.c
@@ -115,4 +120,4 @@ generate: .cache/bin/protoc-gen-go .cache/bin/protoc-gen-go-grpc .cache/bin/prot
 
 .PHONY: clean
 clean:
-	rm -rf bin .cache internal/embedded/files/keeper* internal/embedded/files/init* internal/embedded/files/hello*
+	rm -rf bin .cache internal/ociruntime/launch/files/launch* internal/embedded/files/keeper* internal/embedded/files/init* internal/embedded/files/hello*

@@ -23,13 +23,29 @@ type stages struct {
 	names []string
 	times map[string][]time.Duration
 	last  time.Time
+	used  []time.Duration // CPU from begin to the end, here and in what was reaped
+	since time.Duration
 }
+
+// cpu is what this process and its children have used.
+func cpu() time.Duration {
+	var sum time.Duration
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		var u unix.Rusage
+		unix.Getrusage(who, &u)
+		sum += time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	return sum
+}
+
+// finish is called at the end of each round.
+func (s *stages) finish() { s.used = append(s.used, cpu()-s.since) }
 
 func newStages(b *testing.B) *stages {
 	return &stages{b: b, times: make(map[string][]time.Duration)}
 }
 
-func (s *stages) begin() { s.last = time.Now() }
+func (s *stages) begin() { s.since, s.last = cpu(), time.Now() }
 
 func (s *stages) end(name string) {
 	now := time.Now()
@@ -50,12 +66,22 @@ func (s *stages) report() {
 		s.b.ReportMetric(median, "ms-"+name)
 	}
 	s.b.ReportMetric(sum, "ms-all")
+	slices.Sort(s.used)
+	s.b.ReportMetric(float64(s.used[len(s.used)/2].Microseconds())/1000, "ms-cpu")
 	s.b.ReportMetric(0, "ns/op")
 }
 
+// runtimes are the two ways to start processes.
+var runtimes = map[string]conformance.Factory{"launch": newLaunching, "libcontainer": newLibcontainer}
+
 func BenchmarkContainer(b *testing.B) {
+	for name, factory := range runtimes {
+		b.Run(name, func(b *testing.B) { benchmarkContainer(b, factory(b)) })
+	}
+}
+
+func benchmarkContainer(b *testing.B, rt ociruntime.Runtime) {
 	lab := conformance.NewLab(b)
-	rt := newRuntime(b)
 	for _, pause := range pauses {
 		b.Run(fmt.Sprintf("pause=%v", pause), func(b *testing.B) {
 			s := newStages(b)
@@ -73,6 +99,7 @@ func BenchmarkContainer(b *testing.B) {
 				s.end("exit")
 				c.Delete()
 				s.end("delete")
+				s.finish()
 			}
 			s.report()
 		})
@@ -80,8 +107,13 @@ func BenchmarkContainer(b *testing.B) {
 }
 
 func BenchmarkExec(b *testing.B) {
+	for name, factory := range runtimes {
+		b.Run(name, func(b *testing.B) { benchmarkExec(b, factory(b)) })
+	}
+}
+
+func benchmarkExec(b *testing.B, rt ociruntime.Runtime) {
 	lab := conformance.NewLab(b)
-	rt := newRuntime(b)
 	c := lab.Run(b, rt, []string{"sleep", "1000"})
 	for _, pause := range pauses {
 		b.Run(fmt.Sprintf("pause=%v", pause), func(b *testing.B) {
@@ -96,6 +128,7 @@ func BenchmarkExec(b *testing.B) {
 				s.end("exec")
 				unix.Wait4(started.Pid, nil, 0, nil)
 				s.end("exit")
+				s.finish()
 			}
 			s.report()
 		})

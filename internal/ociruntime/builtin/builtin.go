@@ -1,12 +1,16 @@
-// Package builtin is the OCI runtime inside the keeper: runc's libcontainer,
-// called rather than executed. Processes that it makes are children of the
-// calling process, which reaps them.
+// Package builtin is the OCI runtime inside the keeper. Processes that it makes
+// are children of the calling process, which reaps them.
 //
-// A container's process begins as a copy of the calling program that is executed
-// with the argument "init", so a program that uses this package calls Init first
-// thing in main. The copy is sealed (a read-only overlay of the program's
-// directory that libcontainer makes for each process), so that a container
-// cannot write to the program through /proc/self/exe.
+// It has two ways to make them. What is common goes by way of package launch: a
+// plan, made of the spec, that a small program carries out. The rest is left to
+// runc's libcontainer, called rather than executed. Both leave the same state, so
+// that either can go on where the other has begun.
+//
+// With libcontainer, a container's process begins as a copy of the calling
+// program that is executed with the argument "init", so a program that uses this
+// package calls Init first thing in main. The copy is sealed (a read-only overlay
+// of the program's directory that libcontainer makes for each process), so that a
+// container cannot write to the program through /proc/self/exe.
 package builtin
 
 import (
@@ -17,6 +21,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -29,8 +34,10 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/ociruntime"
 	"sampan.dev/sampan/internal/ociruntime/console"
+	"sampan.dev/sampan/internal/ociruntime/launch"
 	"sampan.dev/sampan/internal/ociruntime/lifecycle"
 )
 
@@ -52,6 +59,10 @@ type Config struct {
 	// then has the form slice:prefix:name.
 	SystemdCgroup bool
 
+	// Libcontainer has libcontainer make all processes, also those that this
+	// package could make itself.
+	Libcontainer bool
+
 	Logger *slog.Logger
 }
 
@@ -59,21 +70,36 @@ type Config struct {
 // has only one, to the Logger.
 func New(c Config) ociruntime.Runtime {
 	forwardLog(c.Logger)
-	return lifecycle.New(&driver{systemd: c.SystemdCgroup}, lifecycle.Config(c))
+	d := &driver{systemd: c.SystemdCgroup}
+	if !c.Libcontainer {
+		var err error
+		if d.launcher, err = launcher(); err != nil {
+			c.Logger.Info("containers are started by libcontainer, which takes longer", "err", err)
+		}
+	}
+	return lifecycle.New(d, lifecycle.Config{SystemdCgroup: c.SystemdCgroup, Logger: c.Logger})
 }
 
 type driver struct {
-	systemd bool
+	systemd  bool
+	launcher *launch.Launcher // nil if libcontainer makes all
+	filters  filters
 }
 
+// launcher is the process' one.
+var launcher = sync.OnceValues(launch.New)
+
 // Create makes a container. If this process dies while it does, the process
-// that was to become the container's dies too, sooner or later: libcontainer has
-// it read from sockets whose other ends are here, and the last thing it is told
-// is sent after state.json is written.
-func (d *driver) Create(_ context.Context, c ociruntime.Container, bundle string, spec *specs.Spec, stdio ociruntime.Stdio) (ociruntime.Started, error) {
+// that was to become the container's dies too, sooner or later: it reads from
+// sockets whose other ends are here, and the last thing it is told is sent after
+// state.json is written.
+func (d *driver) Create(ctx context.Context, c ociruntime.Container, bundle string, spec *specs.Spec, stdio ociruntime.Stdio) (ociruntime.Started, error) {
 	config, err := d.convert(c.ID, bundle, spec)
 	if err != nil {
 		return ociruntime.Started{}, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
+	}
+	if d.launcher != nil && unfit(spec) == "" && unfitConfig(config) == "" {
+		return d.create(ctx, c, config, spec.Process, stdio)
 	}
 	container, err := libcontainer.Create(c.StateDir, c.ID, config)
 	if err != nil {
@@ -83,7 +109,13 @@ func (d *driver) Create(_ context.Context, c ociruntime.Container, bundle string
 }
 
 // Exec starts a further process.
-func (d *driver) Exec(_ context.Context, c ociruntime.Container, p *specs.Process, stdio ociruntime.Stdio) (ociruntime.Started, error) {
+func (d *driver) Exec(ctx context.Context, c ociruntime.Container, first host.Process, p *specs.Process, stdio ociruntime.Stdio) (ociruntime.Started, error) {
+	if d.launcher != nil && unfitProcess(p) == "" {
+		started, err := d.exec(ctx, c, first, p, stdio)
+		if !errors.Is(err, errNoEntry) {
+			return started, err
+		}
+	}
 	container, err := libcontainer.Load(c.StateDir, c.ID)
 	if err != nil {
 		return ociruntime.Started{}, classify(err)
@@ -100,7 +132,7 @@ func run(container *libcontainer.Container, p *specs.Process, stdio ociruntime.S
 	process.Init = first
 	if !p.Terminal {
 		attach(process, stdio)
-		return launch(container, process)
+		return begin(container, process)
 	}
 	terminal, err := console.NewPair()
 	if err != nil {
@@ -108,7 +140,7 @@ func run(container *libcontainer.Container, p *specs.Process, stdio ociruntime.S
 	}
 	defer terminal.Close()
 	process.ConsoleSocket = terminal.Child
-	started, err := launch(container, process)
+	started, err := begin(container, process)
 	if err != nil {
 		return ociruntime.Started{}, err
 	}
@@ -132,7 +164,7 @@ func attach(p *libcontainer.Process, stdio ociruntime.Stdio) {
 	}
 }
 
-func launch(container *libcontainer.Container, p *libcontainer.Process) (ociruntime.Started, error) {
+func begin(container *libcontainer.Container, p *libcontainer.Process) (ociruntime.Started, error) {
 	if err := container.Start(p); err != nil {
 		return ociruntime.Started{}, classify(err)
 	}

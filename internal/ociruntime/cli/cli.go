@@ -69,7 +69,7 @@ func (d *driver) Create(ctx context.Context, c ociruntime.Container, bundle stri
 }
 
 // Exec runs the exec command.
-func (d *driver) Exec(ctx context.Context, c ociruntime.Container, p *specs.Process, stdio ociruntime.Stdio) (ociruntime.Started, error) {
+func (d *driver) Exec(ctx context.Context, c ociruntime.Container, _ host.Process, p *specs.Process, stdio ociruntime.Stdio) (ociruntime.Started, error) {
 	path, err := writeTemporary(c, "process-*.json", p)
 	if err != nil {
 		return ociruntime.Started{}, err

@@ -35,7 +35,12 @@ func Run(t *testing.T, factory Factory) {
 	lab := NewLab(t)
 	s := suite{lab: lab, factory: factory}
 	// The first container may open what stays open: caches, the poller.
-	lab.Run(t, factory(t), []string{"true"}).Wait()
+	first := lab.Run(t, factory(t), []string{"sleep", "60"})
+	if err := first.rt.Update(t.Context(), first.Container, &specs.LinuxResources{Pids: &specs.LinuxPids{Limit: ptr[int64](9)}}); err != nil {
+		t.Fatal(err)
+	}
+	first.Delete()
+	first.Wait()
 	before := takeStock(t)
 	t.Run("suite", func(t *testing.T) {
 		for _, test := range []struct {

@@ -249,6 +249,9 @@ func (c *Container) context() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.Background(), 20*time.Second)
 }
 
+// UseRuntime has another Runtime go on with the container.
+func (c *Container) UseRuntime(rt ociruntime.Runtime) { c.rt = rt }
+
 // Wait waits for the end of the first process, reaps it and returns its exit
 // code, or 128+signal.
 func (c *Container) Wait() int {

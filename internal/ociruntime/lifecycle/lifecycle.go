@@ -50,8 +50,9 @@ type Driver interface {
 	// record it.
 	Started(ctx context.Context, c ociruntime.Container, first host.Process) (bool, error)
 
-	// Exec is as in ociruntime.Runtime, in a container that was running a moment ago.
-	Exec(ctx context.Context, c ociruntime.Container, p *specs.Process, stdio ociruntime.Stdio) (ociruntime.Started, error)
+	// Exec is as in ociruntime.Runtime, in a container whose first process was
+	// running a moment ago.
+	Exec(ctx context.Context, c ociruntime.Container, first host.Process, p *specs.Process, stdio ociruntime.Stdio) (ociruntime.Started, error)
 
 	// Update is as in ociruntime.Runtime, for a live container. Updates come one
 	// at a time.
@@ -400,7 +401,7 @@ func (r *runtime) exec(ctx context.Context, c ociruntime.Container, req ocirunti
 	if err := give(req.Stdio, req.Process.User, uids, gids); err != nil {
 		return ociruntime.Started{}, err
 	}
-	started, err := r.driver.Exec(ctx, c, req.Process, req.Stdio)
+	started, err := r.driver.Exec(ctx, c, first, req.Process, req.Stdio)
 	if err != nil {
 		if !isAlive(c) { // it ended under the exec: say so instead of what broke
 			err = fmt.Errorf("%w: %w", errdefs.ErrFailedPrecondition, err)
