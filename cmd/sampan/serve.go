@@ -24,6 +24,7 @@ import (
 	"sampan.dev/sampan/internal/handler"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/host/apparmor"
+	"sampan.dev/sampan/internal/host/selinux"
 	"sampan.dev/sampan/internal/image"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/network"
@@ -282,8 +283,8 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 		Images: podImages{images}, Layers: images.Layers(), Network: podNetwork, Plugins: heard,
 		Keeper: keeperDialer(cfg, keeperPath, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
 		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath, VolumePaths: host.VolumePaths{Program: initPath},
-		Features:    handlerFeatures(runtimes),
-		AppArmor:    profiles.Profile,
+		Features: handlerFeatures(runtimes),
+		AppArmor: profiles.Profile, SELinux: openSELinux(cfg, log),
 		KeeperHolds: func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
 		Facts:       facts, SystemdCgroup: systemdCgroup(cfg), CDIDirs: []string{"/etc/cdi", "/var/run/cdi"}, Logger: log,
 	})
@@ -368,6 +369,18 @@ func programs(cfg config.Config) map[string]string {
 		paths[name] = h.Path
 	}
 	return paths
+}
+
+// openSELinux returns the host's SELinux, or what stands for none.
+func openSELinux(cfg config.Config, log *slog.Logger) *selinux.SELinux {
+	if cfg.Security.SELinux == config.SELinuxOff {
+		return selinux.New(selinux.Config{})
+	}
+	labels := selinux.New(selinux.HostConfig(cfg.Root, cfg.State))
+	if host.HasSELinux() && !labels.Enabled() {
+		log.Warn("containers get no SELinux labels: the policy has none for them; install container-selinux, or set security.selinux to off")
+	}
+	return labels
 }
 
 func handlerFeatures(runtimes *handler.Handlers) func(context.Context, string) (spec.Features, error) {

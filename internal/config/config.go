@@ -36,6 +36,7 @@ type Config struct {
 	Images         Images             `toml:"images"`
 	Network        Network            `toml:"network"`
 	Cgroup         Cgroup             `toml:"cgroup"`
+	Security       Security           `toml:"security"`
 	Keeper         Keeper             `toml:"keeper"`
 	Streaming      Streaming          `toml:"streaming"`
 	NRI            NRI                `toml:"nri"`
@@ -81,6 +82,19 @@ const (
 	CgroupAuto    CgroupDriver = "auto" // systemd where systemd runs the host with cgroup v2, else cgroupfs
 	CgroupFS      CgroupDriver = "cgroupfs"
 	CgroupSystemd CgroupDriver = "systemd"
+)
+
+// Security says how containers are confined beyond what they ask for themselves.
+type Security struct {
+	SELinux SELinux `toml:"selinux"`
+}
+
+// SELinux says when containers get labels.
+type SELinux string
+
+const (
+	SELinuxAuto SELinux = "auto" // where SELinux is enabled and its policy has a label for containers
+	SELinuxOff  SELinux = "off"
 )
 
 // Keeper says how many keepers there are.
@@ -133,6 +147,7 @@ func Default() Config {
 			CNIBinDirs: []string{"/opt/cni/bin", "/usr/lib/cni"},
 		},
 		Cgroup:    Cgroup{Driver: CgroupAuto},
+		Security:  Security{SELinux: SELinuxAuto},
 		Keeper:    Keeper{Isolation: IsolationNode},
 		Streaming: Streaming{Address: "127.0.0.1:0"},
 		NRI: NRI{

@@ -128,7 +128,7 @@ func TestKeys(t *testing.T) {
 	want := []string{
 		"root", "state", "listen", "default_handler", "registry.config_dir", "images.pinned",
 		"network.mode", "network.subnet", "network.cni_conf_dir", "network.cni_bin_dirs",
-		"cgroup.driver", "keeper.isolation", "streaming.address", "streaming.tls_cert", "streaming.tls_key",
+		"cgroup.driver", "security.selinux", "keeper.isolation", "streaming.address", "streaming.tls_cert", "streaming.tls_key",
 		"nri.enable", "nri.socket_path", "nri.plugin_path", "nri.plugin_config_path", "nri.request_timeout", "handlers.NAME.path",
 	}
 	if !slices.Equal(Keys(), want) {

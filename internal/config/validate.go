@@ -46,6 +46,7 @@ func (c Config) Validate() error {
 		v.add("network.cni_bin_dirs", "", `mode "cni" needs a directory to find plugins in`)
 	}
 	choice(v, "cgroup.driver", c.Cgroup.Driver, CgroupAuto, CgroupFS, CgroupSystemd)
+	choice(v, "security.selinux", c.Security.SELinux, SELinuxAuto, SELinuxOff)
 	choice(v, "keeper.isolation", c.Keeper.Isolation, IsolationNode, IsolationPod)
 	v.address("streaming.address", c.Streaming.Address)
 	v.pair("streaming.tls_cert", c.Streaming.TLSCert, "streaming.tls_key", c.Streaming.TLSKey)

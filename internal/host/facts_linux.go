@@ -37,7 +37,7 @@ func ProbeFacts() (Facts, error) {
 		HugepageSizes:     hugepageSizes(mode),
 		Seccomp:           hasSeccomp(),
 		AppArmor:          HasAppArmor(),
-		SELinux:           isMounted("/sys/fs/selinux", unix.SELINUX_MAGIC),
+		SELinux:           HasSELinux(),
 		RecursiveReadOnly: hasMountSetattr(),
 		MaxOpenFiles:      files,
 		MinOOMScoreAdj:    score,
@@ -154,6 +154,9 @@ func hasMountSetattr() bool {
 
 // HasAppArmor tells whether AppArmor is enabled.
 func HasAppArmor() bool { return enabled("/sys/module/apparmor/parameters/enabled") }
+
+// HasSELinux tells whether SELinux is enabled.
+func HasSELinux() bool { return isMounted("/sys/fs/selinux", unix.SELINUX_MAGIC) }
 
 func enabled(path string) bool {
 	data, err := os.ReadFile(path)

@@ -261,6 +261,10 @@ func (v view) mountNew(m MountSpec, lower []string) error {
 func (v view) mountClassic(m MountSpec, lower []string) error {
 	options := append(m.options(), "lowerdir="+strings.Join(lower, ":"))
 	for i, o := range options[:len(options)-1] {
+		if label, ok := strings.CutPrefix(o, "context="); ok {
+			options[i] = `context="` + label + `"` // SELinux takes it out before overlayfs looks
+			continue
+		}
 		options[i] = strings.NewReplacer(`\`, `\\`, `,`, `\,`).Replace(o)
 	}
 	data := strings.Join(options, ",")

@@ -10,6 +10,7 @@ package ociruntime
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 
@@ -207,6 +208,22 @@ func (s Stdio) SetBlocking() error {
 		}
 		if err := unix.SetNonblock(int(f.Fd()), false); err != nil {
 			return fmt.Errorf("stdio %s: %w", f.Name(), err)
+		}
+	}
+	return nil
+}
+
+// SetLabel gives those that are FIFOs in a file system the SELinux label of the
+// container's files, so that it can open /dev/stdout. An empty label changes
+// nothing.
+func (s Stdio) SetLabel(label string) error {
+	for _, f := range []*os.File{s.Stdin, s.Stdout, s.Stderr} {
+		if f == nil || label == "" {
+			continue
+		}
+		err := unix.Fsetxattr(int(f.Fd()), "security.selinux", []byte(label), 0)
+		if err != nil && !errors.Is(err, unix.ENOTSUP) { // of a pipe or device, which has none
+			return fmt.Errorf("stdio %s: label: %w", f.Name(), err)
 		}
 	}
 	return nil

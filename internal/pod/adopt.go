@@ -76,6 +76,7 @@ func (s *Pods) loadPods() error {
 	for _, e := range entries {
 		p := s.loadPod(e.Name())
 		s.pods[p.ID] = p
+		s.cfg.SELinux.Adopt(p.ID, p.Labels)
 	}
 	return nil
 }

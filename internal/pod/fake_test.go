@@ -17,6 +17,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/host/selinux"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/layer"
 	"sampan.dev/sampan/internal/network"
@@ -38,6 +39,7 @@ type lab struct {
 	plugins Plugins
 
 	facts      host.Facts
+	selinux    selinux.Config
 	noAppArmor bool // no profile can be had, whatever the facts say
 }
 
@@ -47,7 +49,7 @@ func newLab(t *testing.T) *lab {
 		keeper:  &fakeKeeper{containers: make(map[string]*fakeContainer)},
 		network: &fakeNetwork{attached: make(map[string]bool)},
 		images:  &fakeImages{holders: make(map[string][]string)},
-		layers:  &fakeLayers{mounted: make(map[string]bool)},
+		layers:  &fakeLayers{mounted: make(map[string]bool), labels: make(map[string]string)},
 	}
 }
 
@@ -61,7 +63,7 @@ func (l *lab) start() *Pods {
 		KeeperHolds: func(string, string) bool { return false },
 		KeeperFor:   func(string) string { return "node" },
 		Handlers:    map[string]keeper.Handler{"builtin": {Kind: keeper.Builtin}}, DefaultHandler: "builtin",
-		Facts: l.facts, AppArmor: l.apparmor,
+		Facts: l.facts, AppArmor: l.apparmor, SELinux: selinux.New(l.selinux),
 		Features: func(context.Context, string) (spec.Features, error) { return spec.BuiltinFeatures(), nil },
 		Logger:   slog.New(slog.DiscardHandler),
 	})
@@ -169,14 +171,15 @@ func (f *fakeImages) RetainOnly(live func(string) bool) {
 type fakeLayers struct {
 	mu      sync.Mutex
 	mounted map[string]bool
-	hang    chan struct{} // if set, Mount waits for it and ignores its context
+	labels  map[string]string // by target, also of those that are gone
+	hang    chan struct{}     // if set, Mount waits for it and ignores its context
 	fail    error
 }
 
 func (f *fakeLayers) Mount(_ context.Context, m layer.MountSpec) error {
 	f.mu.Lock()
 	hang, fail := f.hang, f.fail
-	f.mounted[m.Target] = true
+	f.mounted[m.Target], f.labels[m.Target] = true, m.Label
 	f.mu.Unlock()
 	if hang != nil {
 		<-hang
@@ -189,6 +192,12 @@ func (f *fakeLayers) Unmount(target string) error {
 	defer f.mu.Unlock()
 	delete(f.mounted, target)
 	return nil
+}
+
+func (f *fakeLayers) label(target string) string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.labels[target]
 }
 
 type fakeNetwork struct {

@@ -46,6 +46,9 @@ func (s *Pods) writeFiles(p *Pod, ips []string, fromNetwork network.DNS) error {
 		if err := p.giveToRoot(path); err != nil {
 			return err
 		}
+		if err := s.cfg.SELinux.SetLabel(path, p.Labels.Mount); err != nil {
+			return err
+		}
 	}
 	return nil
 }

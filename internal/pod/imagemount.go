@@ -64,7 +64,7 @@ func (c *Container) images() []string {
 // mountImages mounts the container's image volumes, each in a place of its own,
 // and returns the source of each of the container's mounts that is one. Their files
 // belong to the users of the pod's user namespace.
-func (s *Pods) mountImages(ctx context.Context, p *Pod, c *Container) ([]string, error) {
+func (s *Pods) mountImages(ctx context.Context, p *Pod, c *Container, label string) ([]string, error) {
 	sources := make([]string, len(c.Config.GetMounts()))
 	for i, m := range c.Config.GetMounts() {
 		want, ok := c.MountImages[i]
@@ -73,7 +73,7 @@ func (s *Pods) mountImages(ctx context.Context, p *Pod, c *Container) ([]string,
 		}
 		field := fmt.Sprintf("mounts[%d].image", i)
 		target := filepath.Join(s.paths.images(c.ID), strconv.Itoa(i))
-		if err := s.mountImage(ctx, c.ID, want.ID, layer.MountSpec{Target: target, ReadOnly: true, UserNS: s.namespaces(p).User}); err != nil {
+		if err := s.mountImage(ctx, c.ID, want.ID, layer.MountSpec{Target: target, ReadOnly: true, UserNS: s.namespaces(p).User, Label: label}); err != nil {
 			return nil, imageMountError(field, err)
 		}
 		var err error

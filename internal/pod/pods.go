@@ -30,6 +30,7 @@ import (
 
 	"sampan.dev/sampan/internal/flight"
 	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/host/selinux"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/layer"
 	"sampan.dev/sampan/internal/network"
@@ -107,6 +108,7 @@ type Config struct {
 	// AppArmor returns the name of a profile that the kernel has: the one called
 	// so, or the runtime's default if the name is empty.
 	AppArmor      func(ctx context.Context, name string) (string, error)
+	SELinux       *selinux.SELinux
 	Init          string // the program that is PID 1 of a shared PID namespace
 	VolumePaths   host.VolumePaths
 	Facts         host.Facts
@@ -126,13 +128,14 @@ const (
 
 // Pods are all pods and containers of the node.
 type Pods struct {
-	cfg     Config
-	paths   paths
-	log     *slog.Logger
-	keepers keepers
-	ops     flight.Group[string, string] // mutations under way, by what they do
-	updates network.Locks                // of containers' limits, by their id
-	work    sync.WaitGroup               // in the background
+	cfg      Config
+	paths    paths
+	log      *slog.Logger
+	keepers  keepers
+	ops      flight.Group[string, string]      // mutations under way, by what they do
+	updates  network.Locks                     // of containers' limits, by their id
+	relabels flight.Group[[2]string, struct{}] // of volumes, by path and label
+	work     sync.WaitGroup                    // in the background
 
 	hostUserNamespaces func() error // nil, or why there are none; tried out once
 
@@ -333,6 +336,7 @@ func (s *Pods) dropPod(p *Pod) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.pods, p.ID)
+	s.cfg.SELinux.Release(p.ID)
 }
 
 func (s *Pods) addContainer(c *Container) {

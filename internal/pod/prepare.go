@@ -20,6 +20,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/host/selinux"
 	"sampan.dev/sampan/internal/layer"
 	"sampan.dev/sampan/internal/spec"
 	"sampan.dev/sampan/internal/state"
@@ -39,20 +40,24 @@ func (s *Pods) recordContainer(c *Container) error {
 // prepare mounts the root file system and writes the bundle.
 func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (*specs.Spec, error) {
 	rootfs, dir := s.paths.rootfs(c.ID), s.paths.container(c.ID)
+	labels, err := s.labels(p, c)
+	if err != nil {
+		return nil, err
+	}
 	if err := os.MkdirAll(s.paths.bundle(c.ID), 0o711); err != nil {
 		return nil, err
 	}
 	if err := s.cfg.Layers.Mount(ctx, layer.MountSpec{
 		Layers: image.Layers, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), Target: rootfs,
-		UserNS: s.namespaces(p).User,
+		UserNS: s.namespaces(p).User, Label: labels.Mount,
 	}); err != nil {
 		return nil, err
 	}
-	images, err := s.mountImages(ctx, p, c)
+	images, err := s.mountImages(ctx, p, c, labels.Mount)
 	if err != nil {
 		return nil, err
 	}
-	in, err := s.specInput(ctx, p, c, image, images)
+	in, err := s.specInput(ctx, p, c, image, images, labels)
 	if err != nil {
 		return nil, err
 	}
@@ -89,12 +94,13 @@ func (s *Pods) makeLogDir(ctx context.Context, path string) error {
 
 // specInput reads everything the spec depends on. Images has the source of each
 // mount that is of an image.
-func (s *Pods) specInput(ctx context.Context, p *Pod, c *Container, image Image, images []string) (spec.Input, error) {
+func (s *Pods) specInput(ctx context.Context, p *Pod, c *Container, image Image, images []string, labels selinux.Labels) (spec.Input, error) {
 	rootfs := s.paths.rootfs(c.ID)
 	in := spec.Input{
 		PodID: p.ID, ContainerID: c.ID, Pod: p.Config.PodSandboxConfig, Container: c.Config.ContainerConfig,
 		Image: image.Config, Rootfs: rootfs, Hostname: hostname(p.Config.PodSandboxConfig),
 		CgroupsPath: s.cgroupsPath(p, c.ID), Files: s.files(p), Host: s.cfg.Facts,
+		ProcessLabel: labels.Process, MountLabel: labels.Mount,
 	}
 	var err error
 	if in.Handler, err = s.cfg.Features(ctx, p.Runtime); err != nil {
@@ -111,7 +117,10 @@ func (s *Pods) specInput(ctx context.Context, p *Pod, c *Container, image Image,
 	if in.Sources, err = s.mountSources(ctx, p, c.Config.GetMounts(), images); err != nil {
 		return in, err
 	}
-	if in.Volumes, err = s.imageVolumes(p, c, image, rootfs); err != nil {
+	if err := s.relabelMounts(ctx, c.Config.GetMounts(), in.Sources, labels); err != nil {
+		return in, err
+	}
+	if in.Volumes, err = s.imageVolumes(ctx, p, c, image, rootfs, labels.Mount); err != nil {
 		return in, err
 	}
 	if err := addDevices(&in, c.Config.ContainerConfig); err != nil {
@@ -285,7 +294,7 @@ func sourceError(i int, path, problem string, err error) error {
 
 // imageVolumes makes a directory for each VOLUME of the image, with what the
 // image has there.
-func (s *Pods) imageVolumes(p *Pod, c *Container, image Image, rootfs string) (map[string]string, error) {
+func (s *Pods) imageVolumes(ctx context.Context, p *Pod, c *Container, image Image, rootfs, label string) (map[string]string, error) {
 	volumes := make(map[string]string)
 	for i, path := range spec.ImageVolumes(c.Config.ContainerConfig, image.Config) {
 		dir := filepath.Join(s.paths.container(c.ID), "volumes", strconv.Itoa(i))
@@ -304,6 +313,9 @@ func (s *Pods) imageVolumes(p *Pod, c *Container, image Image, rootfs string) (m
 			if err := fs.CopyDir(dir, source); err != nil {
 				return nil, fmt.Errorf("image volume %s: copy its content: %w", path, err)
 			}
+		}
+		if err := s.cfg.SELinux.Relabel(ctx, dir, label); err != nil {
+			return nil, fmt.Errorf("image volume %s: %w", path, err)
 		}
 		volumes[path] = dir
 	}

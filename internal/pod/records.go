@@ -11,6 +11,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/host/selinux"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/state"
 )
@@ -63,13 +64,14 @@ var (
 )
 
 type podRecord struct {
-	ID        string    `json:"id"`
-	CreatedAt time.Time `json:"createdAt"`
-	Handler   string    `json:"handler"` // as asked for
-	Runtime   string    `json:"runtime"` // the handler's name
-	Keeper    string    `json:"keeper"`  // the keeper's name
-	NetNS     string    `json:"netns,omitempty"`
-	Config    podConfig `json:"config"`
+	ID        string         `json:"id"`
+	CreatedAt time.Time      `json:"createdAt"`
+	Handler   string         `json:"handler"` // as asked for
+	Runtime   string         `json:"runtime"` // the handler's name
+	Keeper    string         `json:"keeper"`  // the keeper's name
+	NetNS     string         `json:"netns,omitempty"`
+	Labels    selinux.Labels `json:"selinux,omitzero"`
+	Config    podConfig      `json:"config"`
 }
 
 type readyRecord struct {

@@ -92,7 +92,7 @@ func rerun(p *Pod) (string, error) {
 	return p.ID, nil
 }
 
-func (s *Pods) run(ctx context.Context, config *runtimeapi.PodSandboxConfig, handler, runtime string) (string, error) {
+func (s *Pods) run(ctx context.Context, config *runtimeapi.PodSandboxConfig, handler, runtime string) (_ string, err error) {
 	id := newID()
 	p := &Pod{
 		podRecord: podRecord{
@@ -106,7 +106,11 @@ func (s *Pods) run(ctx context.Context, config *runtimeapi.PodSandboxConfig, han
 	if spec.NamespacesOf(config).Network {
 		p.NetNS = s.paths.netNS(id)
 	}
+	if p.Labels, err = s.cfg.SELinux.Pod(id, selinuxOptions(config.GetLinux().GetSecurityContext().GetSelinuxOptions())); err != nil {
+		return "", fmt.Errorf("run %v: %s: %w", p, spec.SELinuxField, err)
+	}
 	if err := s.recordPod(p); err != nil {
+		s.cfg.SELinux.Release(id)
 		return "", err
 	}
 	s.addPod(p)
@@ -388,6 +392,9 @@ func (s *Pods) mountShm(p *Pod) error {
 	}
 	uid, gid := spec.RootOf(p.Config.PodSandboxConfig)
 	options := fmt.Sprintf("mode=1777,size=65536k,uid=%d,gid=%d", uid, gid)
+	if p.Labels.Mount != "" {
+		options += `,context="` + p.Labels.Mount + `"`
+	}
 	if err := unix.Mount("shm", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, options); err != nil {
 		return fmt.Errorf("mount /dev/shm of the pod: %w", err)
 	}

@@ -37,11 +37,45 @@ func confine(s *specs.Spec, in Input) error {
 	if s.Process.ApparmorProfile, err = apparmor(in); err != nil {
 		return err
 	}
-	s.Process.SelinuxLabel = in.ProcessLabel
-	s.Linux.MountLabel = in.MountLabel
+	if s.Process.SelinuxLabel, s.Linux.MountLabel, err = selinuxLabels(in); err != nil {
+		return err
+	}
 	s.Process.NoNewPrivileges = sc.GetNoNewPrivs()
 	s.Linux.MaskedPaths, s.Linux.ReadonlyPaths = hiddenPaths(in)
 	return nil
+}
+
+// SELinuxField is the field that asks for a label, for errors.
+const SELinuxField = "linux.security_context.selinux_options"
+
+// Unlabelled reports whether SELinux must not confine a container: one that is
+// privileged, or one that works in a namespace of the host and does not say what
+// label to have there.
+func Unlabelled(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.ContainerConfig) bool {
+	sc := c.GetLinux().GetSecurityContext()
+	if sc.GetPrivileged() {
+		return true
+	}
+	own := NamespacesOf(pod)
+	hosts := !own.Network || !own.IPC || sc.GetNamespaceOptions().GetPid() == runtimeapi.NamespaceMode_NODE
+	return hosts && !AsksForLabel(sc.GetSelinuxOptions())
+}
+
+// AsksForLabel reports whether options ask for anything.
+func AsksForLabel(o *runtimeapi.SELinuxOption) bool {
+	return o.GetUser() != "" || o.GetRole() != "" || o.GetType() != "" || o.GetLevel() != ""
+}
+
+// selinuxLabels returns the labels of a spec, none if the handler has no use for
+// them.
+func selinuxLabels(in Input) (process, mount string, err error) {
+	switch {
+	case in.Handler.SELinux:
+		return in.ProcessLabel, in.MountLabel, nil
+	case in.ProcessLabel != "" && AsksForLabel(in.Container.GetLinux().GetSecurityContext().GetSelinuxOptions()):
+		return "", "", impossible(SELinuxField, in.ProcessLabel, "the handler's OCI runtime knows no SELinux", "use another handler, or leave the field out")
+	}
+	return "", "", nil
 }
 
 // hiddenPaths returns the lists the container asks for. The wire cannot tell

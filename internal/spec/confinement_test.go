@@ -232,3 +232,47 @@ func TestHiddenPaths(t *testing.T) {
 		t.Error("a container in a user namespace cannot be unmasked")
 	}
 }
+
+func TestSELinuxLabels(t *testing.T) {
+	const node = runtimeapi.NamespaceMode_NODE
+	asks := func(in *Input) {
+		in.context().SelinuxOptions = &runtimeapi.SELinuxOption{Type: "t"}
+	}
+	for _, tt := range []struct {
+		name string
+		edit func(*Input)
+		want bool // unlabelled
+	}{
+		{"nothing", func(*Input) {}, false},
+		{"asks", asks, false},
+		{"privileged", func(in *Input) { in.context().Privileged = true }, true},
+		{"privileged asks", func(in *Input) { asks(in); in.context().Privileged = true }, true},
+		{"host network", func(in *Input) { in.podContext().NamespaceOptions.Network = node }, true},
+		{"host network asks", func(in *Input) { asks(in); in.podContext().NamespaceOptions.Network = node }, false},
+		{"host IPC", func(in *Input) { in.podContext().NamespaceOptions.Ipc = node }, true},
+		{"host PIDs", func(in *Input) { in.context().NamespaceOptions.Pid = node }, true},
+		{"empty options", func(in *Input) {
+			in.context().SelinuxOptions = &runtimeapi.SELinuxOption{}
+			in.podContext().NamespaceOptions.Network = node
+		}, true},
+	} {
+		in := testInput()
+		tt.edit(&in)
+		if got := Unlabelled(in.Pod, in.Container); got != tt.want {
+			t.Errorf("%s: unlabelled is %v", tt.name, got)
+		}
+	}
+
+	in := testInput()
+	in.ProcessLabel, in.MountLabel = "process", "mount"
+	if s := mustBuild(t, in); s.Process.SelinuxLabel != "process" || s.Linux.MountLabel != "mount" {
+		t.Errorf("labels %q and %q", s.Process.SelinuxLabel, s.Linux.MountLabel)
+	}
+	in.Handler.SELinux = false
+	if s := mustBuild(t, in); s.Process.SelinuxLabel != "" || s.Linux.MountLabel != "" {
+		t.Errorf("handler without SELinux: labels %q and %q", s.Process.SelinuxLabel, s.Linux.MountLabel)
+	}
+	asks(&in)
+	_, err := build(in)
+	wantError(t, err, errdefs.ErrFailedPrecondition, "the handler's OCI runtime knows no SELinux")
+}

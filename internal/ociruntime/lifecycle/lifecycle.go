@@ -151,6 +151,9 @@ func (r *runtime) create(ctx context.Context, c ociruntime.Container, req ocirun
 	if err := req.Stdio.SetBlocking(); err != nil {
 		return ociruntime.Started{}, err
 	}
+	if err := req.Stdio.SetLabel(spec.Linux.MountLabel); err != nil {
+		return ociruntime.Started{}, err
+	}
 	uids, gids, err := specIDs(spec)
 	if err != nil {
 		return ociruntime.Started{}, err
