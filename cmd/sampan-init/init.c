@@ -10,8 +10,8 @@
  *
  * "hold FLAGS" is the other thing a pod may need for a moment, a process with a
  * single thread: it leaves for new namespaces, those of unshare(2)'s flags FLAGS,
- * writes one byte to standard output, and exits when standard input ends. What
- * went wrong is on standard output instead.
+ * writes one byte to standard output, which is 0 or errno, and exits when standard
+ * input ends.
  *
  * With other arguments it looks at paths on volumes. Who waits for a volume whose
  * server is gone cannot be killed, so this is no work for a process that has
@@ -65,14 +65,11 @@ static int pid1(void)
 
 static int hold(const char *flags)
 {
-	char byte = 0;
+	unsigned char byte;
 	ssize_t n;
 
-	if (unshare(atoi(flags)) != 0) {
-		dprintf(STDOUT_FILENO, "unshare: %s", strerror(errno));
-		return 1;
-	}
-	if (write(STDOUT_FILENO, &byte, 1) != 1)
+	byte = unshare(atoi(flags)) == 0 ? 0 : errno;
+	if (write(STDOUT_FILENO, &byte, 1) != 1 || byte != 0)
 		return 1;
 	do
 		n = read(STDIN_FILENO, &byte, 1);

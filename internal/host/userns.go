@@ -112,22 +112,26 @@ func inUserNamespace(holder string, uids, gids []IDRange, flags int, fn func(pid
 	return errors.Join(err, werr)
 }
 
-// awaitHolder waits for the byte that says that the namespaces are there.
+// awaitHolder waits for the byte that says that the namespaces are there, or why not.
 func awaitHolder(answer *os.File) error {
 	if err := answer.SetReadDeadline(time.Now().Add(holdTime)); err != nil {
 		return err
 	}
-	text := make([]byte, 256)
-	n, err := answer.Read(text)
-	switch {
+	var errno [1]byte
+	switch _, err := answer.Read(errno[:]); {
 	case errors.Is(err, io.EOF):
 		return errors.New("its process has died")
 	case err != nil:
 		return err
-	case n == 1 && text[0] == 0:
-		return nil
 	}
-	return fmt.Errorf("%s; see user_namespaces(7) and /proc/sys/user/max_*", text[:n])
+	switch err := unix.Errno(errno[0]); err {
+	case 0:
+		return nil
+	case unix.ENOSPC, unix.EUSERS:
+		return fmt.Errorf("there are as many as /proc/sys/user/max_*_namespaces allow: %w", err)
+	default:
+		return err
+	}
 }
 
 func writeIDs(pid int, uids, gids []IDRange) error {

@@ -65,7 +65,7 @@ func ValidateContainer(pod *runtimeapi.PodSandboxConfig, c *runtimeapi.Container
 		absoluteOrEmpty("working_dir", c.GetWorkingDir()),
 		validateLogPath(pod, c),
 		validateMounts(c.GetMounts()),
-		validateMountIDs(pod, c.GetMounts()),
+		validateMountsInUserNamespace(pod, c.GetMounts()),
 		validateDevices(c.GetDevices()),
 		validateCDI(c.GetCDIDevices()),
 		validateStopSignal(c.GetStopSignal()),
@@ -371,11 +371,15 @@ func validateMounts(list []*runtimeapi.Mount) error {
 	return nil
 }
 
-// validateMountIDs: the ids of a mount are those of the pod's user namespace, or are
-// left as they are.
-func validateMountIDs(pod *runtimeapi.PodSandboxConfig, list []*runtimeapi.Mount) error {
+// validateMountsInUserNamespace: the ids of a mount are those of the pod's user namespace,
+// or are left as they are, and it does not promise what cannot be.
+func validateMountsInUserNamespace(pod *runtimeapi.PodSandboxConfig, list []*runtimeapi.Mount) error {
 	own := podNamespaceOptions(pod).GetUsernsOptions()
 	for i, m := range list {
+		if NamespacesOf(pod).User && m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL {
+			// The kernel makes it HOST_TO_CONTAINER without a word.
+			return invalid(mountField(i)+".propagation", m.GetPropagation(), "no mount gets out of a user namespace", "use HOST_TO_CONTAINER, or the node's user namespace")
+		}
 		if len(m.GetUidMappings())+len(m.GetGidMappings()) == 0 {
 			continue
 		}

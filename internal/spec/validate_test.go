@@ -221,6 +221,10 @@ func TestValidateContainer(t *testing.T) {
 			goldens["user-namespace"](in)
 			in.Container.Mounts[0].UidMappings = []*runtimeapi.IDMapping{{HostId: 0, Length: 65536}}
 		}, "mounts[0].uidMappings: they are not those of the pod's user namespace"},
+		{"mount for both directions in a pod with a userns", func(in *Input) {
+			goldens["user-namespace"](in)
+			in.Container.Mounts[0].Propagation = runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL
+		}, "mounts[0].propagation: PROPAGATION_BIDIRECTIONAL: no mount gets out of a user namespace"},
 		{"mount without gids", func(in *Input) {
 			goldens["user-namespace"](in)
 			in.Container.Mounts[0].GidMappings = nil

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -299,5 +300,107 @@ func TestUserNamespaceRefused(t *testing.T) {
 		}
 	}
 	l.CheckSince(t, before)
+	l.RemovePod(t, podID)
+}
+
+// TestUserNamespaceServes: servers, terminals, streams, sysctls and privileged containers are in a
+// pod with a user namespace as in any other.
+func TestUserNamespaceServes(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	hasUserNamespaces(t, l, "")
+	pod := userNS(200000, l.PodConfig("serves"))
+	pod.Linux.SecurityContext.Privileged = true
+	pod.Linux.Sysctls = map[string]string{"kernel.shm_rmid_forced": "1", "net.ipv4.ip_unprivileged_port_start": "80", "fs.mqueue.msg_max": "42"}
+	podID := l.RunPod(t, pod)
+	run := func(name, image string, edit func(*runtimeapi.ContainerConfig), args ...string) string {
+		c := l.ContainerConfig(name, l.Pull(t, image), args...)
+		edit(c)
+		id := l.CreateContainer(t, podID, pod, c)
+		l.StartContainer(t, id)
+		return id
+	}
+
+	// nginx is root, has workers who are not, and logs to /dev/stdout.
+	run("web", "nginx", func(*runtimeapi.ContainerConfig) {})
+	if page := get(t, "http://"+podStatus(t, l, podID).GetNetwork().GetIp()); !strings.Contains(page, "Welcome to nginx!") {
+		t.Errorf("got %q", page)
+	}
+	forward := startCrictl(t, l, "port-forward", podID, "18299:80")
+	forward.sees("Forwarding from")
+	if page := get(t, "http://127.0.0.1:18299"); !strings.Contains(page, "Welcome to nginx!") {
+		t.Errorf("over a forwarded port: got %q", page)
+	}
+	forward.cmd.Process.Signal(syscall.SIGINT)
+	forward.ends()
+	if log, err := os.ReadFile(filepath.Join(pod.LogDirectory, "web.log")); !strings.Contains(string(log), "GET / HTTP") {
+		t.Errorf("nginx's log: %q, %v", log, err)
+	}
+
+	id := run("terminal", "busybox", func(c *runtimeapi.ContainerConfig) {
+		c.Tty, c.Stdin = true, true
+		c.Linux.SecurityContext.RunAsUser = &runtimeapi.Int64Value{Value: 1000}
+	}, "sh", "-c", "while read x; do eval $x; done")
+	testTerminal(t, l, transports[0], id)
+	cmd, err := l.CrictlCommand("attach", "-it", id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	master, attached := inTerminal(t, cmd, 80, 24)
+	time.Sleep(500 * time.Millisecond) // nothing tells when it is attached
+	if _, err := master.WriteString("id -u > /dev/tty; stat -c %u $(tty); test -t 0 && echo a-terminal; exit\n"); err != nil {
+		t.Fatal(err)
+	}
+	attached.sees("1000\r\n1000\r\na-terminal\r\n")
+	attached.ends()
+
+	id = run("privileged", "busybox", func(c *runtimeapi.ContainerConfig) {
+		c.Linux.SecurityContext.Privileged = true
+	}, "sleep", "600")
+	for text, want := range map[string]string{
+		"cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/fs/mqueue/msg_max": "1\n80\n42\n",
+		"mkdir /m && mount -t tmpfs tmpfs /m && touch /m/x && stat -c %u /m/x && umount /m":                              "0\n",
+		"hostname changed && hostname":                          "changed\n",
+		"ip link set lo down && ip link set lo up && echo done": "done\n",
+		// Privileges end at the pod's border.
+		"mknod /n b 8 0 2>/dev/null || echo refused":                                       "refused\n",
+		"echo 1 2>/dev/null > /proc/sys/vm/drop_caches || echo refused":                    "refused\n",
+		"echo 0 2>/dev/null > /proc/1/oom_score_adj; dmesg -c 2>/dev/null | wc -c":         "0\n",
+		"echo x 2>/dev/null > /sys/kernel/mm/transparent_hugepage/enabled || echo refused": "refused\n",
+	} {
+		if got := script(t, l, id, text); got != want {
+			t.Errorf("%s: %q, want %q", text, got, want)
+		}
+	}
+	l.RemovePod(t, podID)
+}
+
+// TestUserNamespacePropagation: what the host mounts on a volume arrives in a container with a
+// user namespace.
+func TestUserNamespacePropagation(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	hasUserNamespaces(t, l, "")
+	pod := userNS(200000, l.PodConfig("propagation"))
+	podID := l.RunPod(t, pod)
+	volume := t.TempDir()
+	target := filepath.Join(volume, "sub")
+	if err := os.Mkdir(target, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c := l.ContainerConfig("c", l.Pull(t, "busybox"), "sleep", "600")
+	c.Mounts = []*runtimeapi.Mount{
+		mapped(pod, &runtimeapi.Mount{ContainerPath: "/slave", HostPath: volume, Propagation: runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER}),
+	}
+	id := l.CreateContainer(t, podID, pod, c)
+	l.StartContainer(t, id)
+	if err := unix.Mount("tmpfs", target, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(target, unix.MNT_DETACH)
+	if err := os.WriteFile(filepath.Join(target, "x"), []byte("arrived\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got := script(t, l, id, "cat /slave/sub/x"); got != "arrived\n" {
+		t.Errorf("in the container: %q", got)
+	}
 	l.RemovePod(t, podID)
 }

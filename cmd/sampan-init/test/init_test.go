@@ -114,3 +114,54 @@ func eventually(t *testing.T, what string, cond func() bool) {
 	}
 	t.Fatalf("not in 3 s: %s", what)
 }
+
+// TestHold: the program leaves for new namespaces, says so, and stays until nobody needs
+// it, or says why it cannot.
+func TestHold(t *testing.T) {
+	program := build(t)
+	for name, tc := range map[string]struct {
+		flags int
+		says  byte
+	}{
+		"namespaces":    {unix.CLONE_NEWUSER | unix.CLONE_NEWUTS, 0},
+		"no such flags": {1 << 31, byte(unix.EINVAL)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.Command(program, "hold", strconv.Itoa(tc.flags))
+			stdin, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			stdout, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+			said := make([]byte, 2)
+			n, err := stdout.Read(said)
+			if n != 1 || err != nil {
+				t.Fatalf("it wrote %d bytes, %v; want 1", n, err)
+			}
+			if said[0] == byte(unix.EPERM) || said[0] == byte(unix.ENOSPC) {
+				t.Skipf("probe: user namespace: %v", syscall.Errno(said[0]))
+			}
+			if said[0] != tc.says {
+				t.Fatalf("it says %v, want %v", syscall.Errno(said[0]), syscall.Errno(tc.says))
+			}
+			if tc.says == 0 {
+				theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid))
+				ours, _ := os.Readlink("/proc/self/ns/user")
+				if err != nil || theirs == ours {
+					t.Errorf("it is in user namespace %s, %v; ours is %s", theirs, err, ours)
+				}
+			}
+			stdin.Close()
+			if err := cmd.Wait(); (err == nil) != (tc.says == 0) {
+				t.Errorf("it ends with %v", err)
+			}
+		})
+	}
+}
