@@ -179,3 +179,32 @@ func BenchmarkMount(b *testing.B) {
 		})
 	}
 }
+
+// TestMountMappedAfterKill: the place where the layers were seen, which a killed process has left
+// mounted, is in nobody's way.
+func TestMountMappedAfterKill(t *testing.T) {
+	ns := userNS(t)
+	mountable(t)
+	s := openStore(t, t.TempDir())
+	m := spec(t, s, apply(t, s, file("x", "")))
+	m.UserNS = ns
+	place := m.Target + ".layers"
+	if err := os.MkdirAll(place, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	tree, err := host.IDMapped(s.Root(), ns, unix.MOUNT_ATTR_RDONLY)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tree.Close()
+	if err := host.Attach(tree, place); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Mount(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	points, err := host.MountPoints(filepath.Dir(m.Target))
+	if diff := cmp.Diff([]string{m.Target}, points); err != nil || diff != "" {
+		t.Errorf("mounts (-want +got), %v:\n%s", err, diff)
+	}
+}
