@@ -19,6 +19,8 @@
  *
  *   follow PATH...   prints each path without symbolic links, ended by a NUL
  *   mkdirs PATH...   makes directories, as mkdir -p does
+ *   map NS PATH...   prints each path that can be mounted with the ids of the user
+ *                    namespace NS, ended by a NUL
  *
  * It ends at the first path that fails, having printed those before it, and the
  * exit code is the errno then.
@@ -26,13 +28,16 @@
 
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
+#include <linux/mount.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 static int pid1(void)
@@ -77,15 +82,18 @@ static int hold(const char *flags)
 	return n < 0;
 }
 
+static int print(const char *path)
+{
+	return fwrite(path, strlen(path) + 1, 1, stdout) == 1 ? 0 : EIO;
+}
+
 static int follow(const char *path)
 {
 	char real[PATH_MAX];
 
 	if (!realpath(path, real))
 		return errno;
-	if (fwrite(real, strlen(real) + 1, 1, stdout) != 1)
-		return EIO;
-	return 0;
+	return print(real);
 }
 
 static int mkdirs(const char *path)
@@ -114,10 +122,27 @@ static int mkdirs(const char *path)
 	return 0;
 }
 
+/* The user namespace of map. */
+static int userns = -1;
+
+static int map(const char *path)
+{
+	struct mount_attr attr = {.attr_set = MOUNT_ATTR_IDMAP, .userns_fd = userns};
+	int tree;
+
+	tree = syscall(SYS_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+	if (tree < 0)
+		return errno;
+	if (syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &attr, sizeof(attr)) != 0)
+		return errno;
+	close(tree);
+	return print(path);
+}
+
 int main(int argc, char **argv)
 {
 	int (*verb)(const char *);
-	int i, err;
+	int i = 2, err;
 
 	if (argc < 2)
 		return pid1();
@@ -127,9 +152,14 @@ int main(int argc, char **argv)
 		verb = follow;
 	else if (strcmp(argv[1], "mkdirs") == 0)
 		verb = mkdirs;
-	else
+	else if (argc > 2 && strcmp(argv[1], "map") == 0) {
+		verb = map;
+		userns = open(argv[i++], O_RDONLY | O_CLOEXEC);
+		if (userns < 0)
+			return errno;
+	} else
 		return EINVAL;
-	for (i = 2; i < argc; i++) {
+	for (; i < argc; i++) {
 		err = verb(argv[i]);
 		if (err) {
 			fflush(stdout);

@@ -55,6 +55,31 @@ func (v VolumePaths) Follow(ctx context.Context, paths ...string) ([]string, err
 	return real, err
 }
 
+// MapIDs is nil if each of the paths can be mounted with the ids of the user namespace
+// at userns. Otherwise the error is as that of Follow, with the cause as IDMapped has it.
+func (v VolumePaths) MapIDs(ctx context.Context, userns string, paths ...string) error {
+	if len(paths) == 0 {
+		return nil
+	}
+	if v.Program == "" {
+		for _, path := range paths {
+			tree, err := IDMapped(path, userns, 0)
+			if err != nil {
+				return &os.PathError{Op: "map ids", Path: path, Err: err}
+			}
+			tree.Close()
+		}
+		return nil
+	}
+	out, err := v.run(ctx, append([]string{"map", userns}, paths...)...)
+	done := strings.Count(out, "\x00")
+	var errno syscall.Errno
+	if errors.As(err, &errno) && done < len(paths) {
+		err = &os.PathError{Op: "map ids", Path: paths[done], Err: errno}
+	}
+	return err
+}
+
 // MakeDirs makes a directory and what is missing above it, with mode 0755.
 func (v VolumePaths) MakeDirs(ctx context.Context, path string) error {
 	if v.Program == "" {

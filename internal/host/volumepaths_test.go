@@ -10,6 +10,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // buildInit builds the program, which is in C.
@@ -73,5 +75,30 @@ func TestVolumePathsHangs(t *testing.T) {
 	_, err := VolumePaths{program}.Follow(ctx, "/")
 	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 5*time.Second {
 		t.Errorf("%v after %v", err, time.Since(start))
+	}
+}
+
+func TestVolumePathsMapIDs(t *testing.T) {
+	holder := requireUserNamespaces(t)
+	for name, o := range map[string]VolumePaths{"in process": {}, "program": {Program: holder}} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			ids := []IDRange{{0, 200000, 1}}
+			n := Namespaces{User: filepath.Join(dir, "user"), UIDs: ids, GIDs: ids, Holder: holder}
+			if err := n.Create(); err != nil {
+				t.Fatal(err)
+			}
+			defer n.Remove()
+			if err := o.MapIDs(t.Context(), n.User, dir, "/"); err != nil {
+				t.Error(err)
+			}
+			for path, want := range map[string]error{"/proc": unix.EINVAL, filepath.Join(dir, "none"): unix.ENOENT} {
+				err := o.MapIDs(t.Context(), n.User, dir, path, dir)
+				var at *fs.PathError
+				if !errors.Is(err, want) || !errors.As(err, &at) || at.Path != path {
+					t.Errorf("%s: %v", path, err)
+				}
+			}
+		})
 	}
 }

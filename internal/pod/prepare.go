@@ -225,12 +225,10 @@ func (s *Pods) mountSources(ctx context.Context, p *Pod, mounts []*runtimeapi.Mo
 	if err := s.followSources(ctx, p.Config.GetMetadata().GetUid(), sources, hosts); err != nil {
 		return nil, err
 	}
+	if err := s.checkMappable(ctx, p, mounts, sources); err != nil {
+		return nil, err
+	}
 	for i, m := range mounts {
-		if m.GetImage().GetImage() == "" && len(m.GetUidMappings()) > 0 {
-			if err := checkMappable(sources[i].Path, s.namespaces(p).User); err != nil {
-				return nil, fmt.Errorf("mounts[%d].host_path: %w", i, err)
-			}
-		}
 		if m.GetPropagation() == runtimeapi.MountPropagation_PROPAGATION_PRIVATE {
 			continue
 		}

@@ -5,11 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/spec"
 )
 
@@ -38,20 +39,29 @@ func (s *Pods) admitUserNamespace(ctx context.Context, runtime string) error {
 	return nil
 }
 
-// checkMappable tries what the OCI runtime is going to do with a volume, and could not say
-// as well what is wrong with it. There is no other way to give a volume to a user
+// checkMappable tries what the OCI runtime is going to do with volumes, and could not say
+// as well what is wrong with one. There is no other way to give a volume to a user
 // namespace: whose its files are is not ours to change.
-func checkMappable(path, userns string) error {
-	tree, err := host.IDMapped(path, userns, 0)
-	switch {
-	case errors.Is(err, unix.EINVAL):
-		return fmt.Errorf("%w: its file system cannot be mounted with the ids of a user namespace; use a volume on another one, or the node's user namespace: %w", err, errdefs.ErrFailedPrecondition)
-	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("%w: it is mounted with other ids already; use another volume, or the node's user namespace: %w", err, errdefs.ErrFailedPrecondition)
-	case err != nil:
+func (s *Pods) checkMappable(ctx context.Context, p *Pod, mounts []*runtimeapi.Mount, sources []spec.Source) error {
+	var paths, fields []string
+	for i, m := range mounts {
+		if m.GetImage().GetImage() == "" && len(m.GetUidMappings()) > 0 {
+			paths, fields = append(paths, sources[i].Path), append(fields, fmt.Sprintf("mounts[%d].host_path", i))
+		}
+	}
+	err := s.cfg.VolumePaths.MapIDs(ctx, s.namespaces(p).User, paths...)
+	var at *os.PathError
+	if !errors.As(err, &at) {
 		return err
 	}
-	return tree.Close()
+	field := fields[max(0, slices.Index(paths, at.Path))]
+	switch {
+	case errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("%s: %w: its file system cannot be mounted with the ids of a user namespace; use a volume on another one, or the node's user namespace: %w", field, err, errdefs.ErrFailedPrecondition)
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("%s: %w: it is mounted with other ids already; use another volume, or the node's user namespace: %w", field, err, errdefs.ErrFailedPrecondition)
+	}
+	return fmt.Errorf("%s: %w", field, err)
 }
 
 // giveToRoot gives a file of ours to the root of the pod's containers.

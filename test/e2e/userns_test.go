@@ -288,7 +288,7 @@ func TestUserNamespaceRefused(t *testing.T) {
 		err  error
 		says string
 	}{
-		"a volume that cannot be mapped": {create(mapped(pod, &runtimeapi.Mount{ContainerPath: "/p", HostPath: "/proc/sys"})), "FailedPrecondition desc = "},
+		"a volume that cannot be mapped": {create(mapped(pod, &runtimeapi.Mount{ContainerPath: "/p", HostPath: "/proc/sys"})), "mounts[0].host_path: map ids /proc/sys: invalid argument: its file system cannot"},
 		"other ids":                      {create(mapped(userNS(1, l.PodConfig("other")), &runtimeapi.Mount{ContainerPath: "/p", HostPath: "/tmp"})), "mounts[0].uidMappings: they are not those of the pod's"},
 		"a handler that cannot": {func() error {
 			_, err := l.Runtime.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: userNS(200000, l.PodConfig("old")), RuntimeHandler: "old"})
