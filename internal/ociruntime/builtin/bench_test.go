@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/moby/profiles/seccomp"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"sampan.dev/sampan/internal/ociruntime"
@@ -86,7 +88,7 @@ func benchmarkContainer(b *testing.B, rt ociruntime.Runtime) {
 		b.Run(fmt.Sprintf("pause=%v", pause), func(b *testing.B) {
 			s := newStages(b)
 			for b.Loop() {
-				c := lab.Prepare(b, rt, []string{"true"})
+				c := lab.Prepare(b, rt, []string{"true"}, usual)
 				time.Sleep(pause)
 				s.begin()
 				if err := c.Create(); err != nil {
@@ -106,6 +108,16 @@ func benchmarkContainer(b *testing.B, rt ociruntime.Runtime) {
 	}
 }
 
+// usual makes a spec one of a node's everyday containers: it has the default
+// seccomp profile.
+func usual(s *specs.Spec) {
+	profile, err := seccomp.GetDefaultProfile(s)
+	if err != nil {
+		panic(err)
+	}
+	s.Linux.Seccomp = profile
+}
+
 func BenchmarkExec(b *testing.B) {
 	for name, factory := range runtimes {
 		b.Run(name, func(b *testing.B) { benchmarkExec(b, factory(b)) })
@@ -114,7 +126,7 @@ func BenchmarkExec(b *testing.B) {
 
 func benchmarkExec(b *testing.B, rt ociruntime.Runtime) {
 	lab := conformance.NewLab(b)
-	c := lab.Run(b, rt, []string{"sleep", "1000"})
+	c := lab.Run(b, rt, []string{"sleep", "1000"}, usual)
 	for _, pause := range pauses {
 		b.Run(fmt.Sprintf("pause=%v", pause), func(b *testing.B) {
 			s := newStages(b)

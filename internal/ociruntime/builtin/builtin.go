@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -223,6 +224,9 @@ func merge(old *cgroups.Resources, r *specs.LinuxResources) (*cgroups.Resources,
 // Destroy has libcontainer remove what it knows of besides cgroups: resctrl
 // groups. It also runs poststop hooks.
 func (d *driver) Destroy(ctx context.Context, c ociruntime.Container) error {
+	if _, err := os.Lstat(filepath.Join(c.StateDir, entryName)); err == nil && !d.systemd {
+		return nil // it has neither
+	}
 	container, err := libcontainer.Load(c.StateDir, c.ID)
 	if errors.Is(err, libcontainer.ErrNotExist) {
 		return nil

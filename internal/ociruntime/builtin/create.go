@@ -26,6 +26,7 @@ import (
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/ociruntime"
 	"sampan.dev/sampan/internal/ociruntime/launch"
+	"sampan.dev/sampan/internal/ociruntime/lifecycle"
 	"sampan.dev/sampan/internal/state"
 )
 
@@ -110,11 +111,16 @@ func (m *creation) prepare() error {
 func (m *creation) dir() string { return filepath.Join(m.c.StateDir, m.c.ID) }
 
 func (m *creation) prepareCgroup() (err error) {
-	if m.cgroup, err = manager.New(m.config.Cgroups); err != nil {
+	if m.d.systemd { // a unit takes a process
+		m.cgroup, err = manager.New(m.config.Cgroups)
 		return err
 	}
-	if m.d.systemd {
-		return nil // a unit takes a process
+	dirs, err := lifecycle.CgroupDirs(filepath.Clean("/" + m.config.Cgroups.Path))
+	if err != nil {
+		return err
+	}
+	if m.cgroup, err = manager.NewWithPaths(m.config.Cgroups, dirs); err != nil {
+		return err
 	}
 	if err := m.cgroup.Apply(-1); err != nil {
 		return fmt.Errorf("cgroup: %w", err)

@@ -196,25 +196,53 @@ func (r *runtime) plan(spec *specs.Spec) (undo, error) {
 
 // cgroup returns the directories that a runtime makes for a cgroupsPath.
 func (r *runtime) cgroup(path string) (host.Cgroup, error) {
-	config := &cgroups.Cgroup{Resources: &cgroups.Resources{}, Systemd: r.systemd}
-	if r.systemd {
-		parts := strings.Split(path, ":")
-		if len(parts) != 3 {
-			return nil, errors.New("is not of the form slice:prefix:name")
-		}
-		config.Parent, config.ScopePrefix, config.Name = parts[0], parts[1], parts[2]
-	} else {
-		config.Path = filepath.Clean("/" + path)
-		if config.Path == "/" {
+	if !r.systemd {
+		if path = filepath.Clean("/" + path); path == "/" {
 			return nil, errors.New("is no cgroup of the container's own")
 		}
+		return CgroupDirs(path)
 	}
+	config := &cgroups.Cgroup{Resources: &cgroups.Resources{}, Systemd: true}
+	parts := strings.Split(path, ":")
+	if len(parts) != 3 {
+		return nil, errors.New("is not of the form slice:prefix:name")
+	}
+	config.Parent, config.ScopePrefix, config.Name = parts[0], parts[1], parts[2]
 	m, err := manager.New(config)
 	if err != nil {
 		return nil, err
 	}
 	return m.GetPaths(), nil
 }
+
+// CgroupDirs returns the directories of a cgroup, which need not exist, by
+// controller, where systemd does not make them. The path is absolute and clean.
+func CgroupDirs(path string) (host.Cgroup, error) {
+	known, err := hierarchies()
+	if err != nil {
+		return nil, err
+	}
+	dirs := make(host.Cgroup, len(known))
+	for controller, hierarchy := range known {
+		dirs[controller] = hierarchy + path
+	}
+	return dirs, nil
+}
+
+// hierarchies are the directories by controller that cgroups are in. To find them
+// takes dozens of system calls, and they stay where they are.
+var hierarchies = sync.OnceValues(func() (map[string]string, error) {
+	const any = "/sampan"
+	m, err := manager.New(&cgroups.Cgroup{Resources: &cgroups.Resources{}, Path: any})
+	if err != nil {
+		return nil, err
+	}
+	found := m.GetPaths()
+	for controller, dir := range found {
+		found[controller] = strings.TrimSuffix(dir, any)
+	}
+	return found, nil
+})
 
 // carryOut creates, and records each step before or as soon as it is done.
 func (r *runtime) carryOut(ctx context.Context, c ociruntime.Container, u undo, req ociruntime.CreateRequest, spec *specs.Spec) (ociruntime.Started, error) {

@@ -185,6 +185,8 @@ func lifecycle(t *testing.T, c client, podID string, pod *runtimeapi.PodSandboxC
 	must(t, err)
 	_, err = c.ReopenContainerLog(ctx, &runtimeapi.ReopenContainerLogRequest{ContainerId: id})
 	must(t, err)
+	log := filepath.Join(pod.LogDirectory, config.LogPath)
+	awaitLog(t, log, " stdout F hello\n")
 	for range 2 {
 		_, err = c.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: 0})
 		must(t, err)
@@ -194,12 +196,24 @@ func lifecycle(t *testing.T, c client, podID string, pod *runtimeapi.PodSandboxC
 	if s := st.Status; s.State != runtimeapi.ContainerState_CONTAINER_EXITED || s.ExitCode != 137 || s.FinishedAt == 0 {
 		t.Errorf("stopped: %+v", s)
 	}
-	log, err := os.ReadFile(filepath.Join(pod.LogDirectory, config.LogPath))
-	if err != nil || !strings.HasSuffix(string(log), " stdout F hello\n") {
-		t.Errorf("log %q, %v", log, err)
-	}
+	awaitLog(t, log, " stdout F hello\n")
 	for range 2 {
 		_, err = c.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: id})
 		must(t, err)
 	}
+}
+
+// awaitLog waits until the log ends with a line: the container may not have come
+// to writing it.
+func awaitLog(t *testing.T, path, end string) {
+	t.Helper()
+	var log []byte
+	var err error
+	for range 500 {
+		if log, err = os.ReadFile(path); err == nil && strings.HasSuffix(string(log), end) {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("log %q, %v", log, err)
 }
