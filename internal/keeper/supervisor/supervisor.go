@@ -81,8 +81,12 @@ func Run(cfg Config) error {
 		return err
 	}
 	start := time.NewTimer(0)
+	shed := time.NewTimer(shedFirst)
 	for {
 		select {
+		case <-shed.C:
+			host.ShedCode()
+			shed.Reset(shedPause)
 		case <-start.C:
 			if err := s.startWorker(); err != nil {
 				s.log.Error("start worker", "err", err)
@@ -99,6 +103,13 @@ func Run(cfg Config) error {
 		}
 	}
 }
+
+// When a supervisor lets go of code that it needs seldom: soon after its start, of
+// which most is, and now and then.
+const (
+	shedFirst = 2 * time.Second
+	shedPause = time.Minute
+)
 
 type supervisor struct {
 	cfg   Config

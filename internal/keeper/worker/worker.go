@@ -53,6 +53,10 @@ const (
 	// adoptTimeout bounds how long calls wait for the adoption of containers
 	// whose log, say, is on a volume that hangs.
 	adoptTimeout = 3 * time.Second
+	// A worker lets go of code that it needs seldom soon after its start, of which
+	// most is, and now and then.
+	shedFirst = 2 * time.Second
+	shedPause = time.Minute
 )
 
 // Run works until the keeper is idle. When the supervisor dies it does not
@@ -213,8 +217,12 @@ func (w *worker) serve() error {
 	}
 	idle := time.NewTicker(w.cfg.IdleTimeout / 4)
 	defer idle.Stop()
+	shed := time.NewTimer(shedFirst)
 	for {
 		select {
+		case <-shed.C:
+			host.ShedCode()
+			shed.Reset(shedPause)
 		case err := <-failed:
 			return err
 		case <-idle.C:
