@@ -2,6 +2,7 @@
 # make quickstart   install what a build needs, build, start the daemon, run a pod
 # make quickstart-down   remove every trace of it
 # make test         install what the tests need, and run them all
+# make crash        kill Sampan a thousand times and look whether anything is lost
 # make conformance  all of critest, not only what `make test` takes of it
 # make abuse        random requests, escapes, thousands of clients: more than `make test` has time for
 # make fuzz         every fuzz target for FUZZTIME (30s)
@@ -52,6 +53,19 @@ embed: bin/sampan-keeper bin/sampan-hello bin/init
 	@scripts/embed bin/sampan-hello hello
 	@scripts/embed bin/init init
 
+# The same with fault points, for test/crash; RACE=1 with the race detector too.
+FAULT := bin/faultpoints
+FAULT_CGO = $(if $(RACE),1,0)
+.PHONY: faultpoints
+faultpoints: bin/sampan-hello bin/init bin/launch
+	@mkdir -p $(FAULT)
+	@scripts/embed bin/launch launch internal/ociruntime/launch/files
+	CGO_ENABLED=1 $(GO_BUILD) $(if $(RACE),-race) -tags $(KEEPER_TAGS),faultpoints -ldflags '-s -w -linkmode external -extldflags "-static"' -o $(FAULT)/sampan-keeper ./cmd/sampan-keeper
+	@scripts/embed $(FAULT)/sampan-keeper keeper internal/embedded/files-faultpoints
+	@scripts/embed bin/sampan-hello hello internal/embedded/files-faultpoints
+	@scripts/embed bin/init init internal/embedded/files-faultpoints
+	CGO_ENABLED=$(FAULT_CGO) $(GO_BUILD) $(if $(RACE),-race) -tags faultpoints -ldflags '-X main.release=$(VERSION)' -o $(FAULT)/sampan ./cmd/sampan
+
 .PHONY: quickstart quickstart-down
 quickstart:
 	@scripts/install-deps quickstart
@@ -74,6 +88,13 @@ unit:
 	go test -race -tags seccomp -timeout 10m $(PACKAGES)
 suites:
 	SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -p 1 -timeout 30m -v $(SUITES)
+	$(MAKE) faultpoints
+	$(CRASH) -timeout 10m -v ./test/crash
+# RACE=1 runs a daemon and keepers with the race detector.
+CRASH := SAMPAN_TEST_BIN=$(CURDIR)/bin/faultpoints/sampan go test -tags seccomp -count 1
+.PHONY: crash
+crash: faultpoints
+	$(CRASH) -timeout 60m -v ./test/crash -args -crash.long
 conformance:
 	@scripts/install-deps test
 	$(MAKE) build

@@ -176,6 +176,8 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	go func() {
 		defer close(adopted)
 		pods.Adopt(ctx)
+		images.Mend(ctx)
+		pods.HoldImages()
 	}()
 	select {
 	case <-ctx.Done():
@@ -274,6 +276,9 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := embedded.Sweep(bin, keeperPath, initPath); err != nil {
+		log.Warn("programs of an earlier build stay", "err", err)
+	}
 	var heard pod.Plugins // nil in truth, if there are none
 	if plugins != nil {
 		heard = plugins
@@ -285,8 +290,9 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath, VolumePaths: host.VolumePaths{Program: initPath},
 		Features: handlerFeatures(runtimes),
 		AppArmor: profiles.Profile, SELinux: openSELinux(cfg, log),
-		KeeperHolds: func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
-		Facts:       facts, SystemdCgroup: systemdCgroup(cfg), CDIDirs: []string{"/etc/cdi", "/var/run/cdi"}, Logger: log,
+		SweepKeepers: keeperSweeper(cfg),
+		KeeperHolds:  func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
+		Facts:        facts, SystemdCgroup: systemdCgroup(cfg), CDIDirs: []string{"/etc/cdi", "/var/run/cdi"}, Logger: log,
 	})
 	if err != nil {
 		return nil, nil, err
@@ -333,6 +339,25 @@ func keeperDialer(cfg config.Config, binary string, log *slog.Logger) func(conte
 			Cgroup: keeperCgroup(cfg.State, name),
 			Logger: log.With("keeper", name),
 		})
+	}
+}
+
+// keeperSweeper removes the directories and cgroups of keepers that are dead.
+func keeperSweeper(cfg config.Config) func(func(string) bool) ([]string, error) {
+	dir := keeperDir(cfg, "")
+	return func(needed func(name string) bool) (occupied []string, err error) {
+		traces, err := keeper.Traces(dir)
+		errs := []error{err}
+		for _, t := range traces {
+			switch {
+			case needed(t.Name):
+			case len(t.Containers) > 0:
+				occupied = append(occupied, t.Name)
+			case !t.Alive:
+				errs = append(errs, keeper.Bury(dir, t.Name))
+			}
+		}
+		return occupied, errors.Join(append(errs, keeper.BuryCgroups(dir, keeperCgroup(cfg.State, "*")))...)
 	}
 }
 

@@ -9,18 +9,18 @@ package embedded
 import (
 	"bytes"
 	"crypto/sha256"
-	"embed"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
-)
 
-//go:embed files
-var files embed.FS
+	"sampan.dev/sampan/internal/fault"
+)
 
 // Program is one embedded program.
 type Program struct {
@@ -41,7 +41,7 @@ func Hello() (Program, error) { return find("hello") }
 // find reads the digest only. The programs' own pages stay on disk until they
 // are needed, which after the first start of a build is never.
 func find(name string) (Program, error) {
-	sum, err := files.ReadFile("files/" + name + ".sha256")
+	sum, err := files.ReadFile(dir + "/" + name + ".sha256")
 	if err != nil {
 		return Program{}, fmt.Errorf("program %s: this binary was built without it, build with `make`: %w", name, errdefs.ErrNotFound)
 	}
@@ -49,7 +49,7 @@ func find(name string) (Program, error) {
 	if b, err := hex.DecodeString(digest); err != nil || len(b) != sha256.Size {
 		return Program{}, fmt.Errorf("program %s: digest %q: %w", name, digest, errdefs.ErrDataLoss)
 	}
-	return Program{Name: name, Digest: digest, path: "files/" + name}, nil
+	return Program{Name: name, Digest: digest, path: dir + "/" + name}, nil
 }
 
 // Bytes returns the program.
@@ -114,5 +114,47 @@ func install(target string, content []byte) error {
 	if err := f.Close(); err != nil {
 		return err
 	}
+	fault.Point("program.written")
 	return os.Rename(f.Name(), target)
+}
+
+// Sweep removes the programs of earlier builds from dir, and files half written,
+// but what is named in keep and what a process executes.
+func Sweep(dir string, keep ...string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("sweep programs: %w", err)
+	}
+	var old []string
+	for _, e := range entries {
+		if path := filepath.Join(dir, e.Name()); !slices.Contains(keep, path) {
+			old = append(old, path)
+		}
+	}
+	if len(old) == 0 {
+		return nil
+	}
+	executed, err := executed()
+	if err != nil {
+		return fmt.Errorf("sweep programs: %w", err)
+	}
+	var errs []error
+	for _, path := range old {
+		if !executed[path] {
+			errs = append(errs, os.Remove(path))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// executed returns the programs of all processes.
+func executed() (map[string]bool, error) {
+	links, err := filepath.Glob("/proc/[0-9]*/exe")
+	programs := make(map[string]bool)
+	for _, link := range links {
+		if path, err := os.Readlink(link); err == nil {
+			programs[path] = true
+		}
+	}
+	return programs, err
 }

@@ -8,6 +8,8 @@ import (
 	"runtime"
 
 	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/internal/fault"
 )
 
 // Namespaces asks for new namespaces, each pinned by a bind mount on a file so
@@ -131,9 +133,11 @@ func Pin(source, target string) error {
 		return fmt.Errorf("pin namespace: %w", err)
 	}
 	f.Close()
+	fault.Point("namespace.pin-file-made")
 	if err := unix.Mount(source, target, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("pin namespace on %s: %w", target, err)
 	}
+	fault.Point("namespace.pinned")
 	return nil
 }
 
@@ -142,6 +146,7 @@ func Unpin(path string) error {
 	if err := Unmount(path); err != nil {
 		return err
 	}
+	fault.Point("namespace.unmounted")
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("unpin namespace: %w", err)
 	}

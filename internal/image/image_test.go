@@ -30,6 +30,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/layer"
 	"sampan.dev/sampan/internal/registry"
 	"sampan.dev/sampan/internal/state"
 )
@@ -723,5 +724,49 @@ func TestReopenDamaged(t *testing.T) {
 	}
 	if _, err := s.Pull(t.Context(), host+"/x:lost", nil); err != nil {
 		t.Errorf("pulling a lost image again: %v", err)
+	}
+}
+
+// An image that has lost a layer gets only that one again, and keeps its names.
+func TestMend(t *testing.T) {
+	host := serve(t, nil)
+	root := t.TempDir()
+	s := openStore(t, root)
+	m := build(t, oci, nil, tarball(t, "kept", "same"), tarball(t, "lost", "content"))
+	ref := push(t, host, "x", "latest", m)
+	if _, err := s.Pull(t.Context(), ref, nil); err != nil {
+		t.Fatal(err)
+	}
+	s.Close(t.Context())
+	kept, lost := s.Layers().Path(digest.FromBytes(m.plain[0])), s.Layers().Path(digest.FromBytes(m.plain[1]))
+	before, err := os.Stat(kept)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(lost, "lost"), []byte("changed"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	findings, _, err := layer.Check(t.Context(), s.Layers().Root(), true)
+	if err != nil || len(findings) != 1 || !findings[0].Lost {
+		t.Fatalf("check: %+v, %v; want the one layer whose content has changed", findings, err)
+	}
+	if err := layer.Drop(s.Layers().Root(), findings[0]); err != nil {
+		t.Fatal(err)
+	}
+
+	s = openStore(t, root)
+	if list := s.List(); len(list) != 0 {
+		t.Errorf("before it is mended: %+v", list)
+	}
+	s.Mend(t.Context())
+	img, err := s.Get(ref)
+	if err != nil || img.ID != m.id() {
+		t.Errorf("mended: %+v, %v", img, err)
+	}
+	if after, err := os.Stat(kept); err != nil || !os.SameFile(before, after) {
+		t.Errorf("the layer that was not lost was fetched again: %v", err)
+	}
+	if findings, _, err := layer.Check(t.Context(), s.Layers().Root(), true); err != nil || len(findings) != 0 {
+		t.Errorf("check afterwards: %+v, %v", findings, err)
 	}
 }

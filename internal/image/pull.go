@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/layer"
 	"sampan.dev/sampan/internal/registry"
 )
@@ -83,9 +84,11 @@ func (s *Store) pull(ctx context.Context, named reference.Named, auth *Auth) (Im
 	}
 
 	defer s.lease(config.RootFS.DiffIDs)()
+	fault.Point("image.leased")
 	if err := s.fetchLayers(ctx, repo, config.RootFS.DiffIDs, *m.Layers); err != nil {
 		return Image{}, err
 	}
+	fault.Point("image.layers-fetched")
 	n := newImage{id: m.Config.Digest.String(), raw: raw, config: config}
 	for _, d := range digests {
 		n.digests = append(n.digests, digestName(named, d))

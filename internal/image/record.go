@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/state"
 )
 
@@ -84,10 +85,12 @@ func (s *Store) store(r record, config []byte, known bool) error {
 	if err := state.Write(filepath.Join(tmp, "record"), recordKind, r, state.Volatile); err != nil {
 		return err
 	}
+	fault.Point("image.written")
 	place := s.path(r.hex())
 	if err := os.RemoveAll(place); err != nil { // of no image in the table
 		return err
 	}
+	fault.Point("image.place-free")
 	return os.Rename(tmp, place)
 }
 
@@ -107,6 +110,11 @@ func (s *Store) load() error {
 		e, err := s.loadOne(f.Name())
 		if errors.Is(err, state.ErrVersion) {
 			return err // a newer Sampan was here; its images are not ours to remove
+		}
+		if e != nil && err != nil && len(e.Digests) > 0 {
+			s.log.Warn("image lacks a layer, which is fetched again", "op", "open images", "image", e.ID, "err", err)
+			s.torn[e.ID] = e
+			continue
 		}
 		if err != nil {
 			s.log.Warn("image is dropped; it has to be pulled again", "op", "open images", "image", f.Name(), "err", err)
@@ -129,7 +137,8 @@ func (s *Store) load() error {
 	return nil
 }
 
-// loadOne reads an image and checks that all of it is there.
+// loadOne reads an image and checks that all of it is there. If nothing but layers
+// is missing, it returns the image with the error.
 func (s *Store) loadOne(hex string) (*entry, error) {
 	var r record
 	if err := state.Read(s.path(hex, "record"), recordKind, &r); err != nil {
@@ -149,15 +158,16 @@ func (s *Store) loadOne(hex string) (*entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, id := range config.RootFS.DiffIDs {
-		if _, err := s.layers.Get(id); err != nil {
-			return nil, err
-		}
-	}
 	if err := state.SweepTemporary(s.path(hex)); err != nil {
 		return nil, err
 	}
-	return &entry{record: r, config: config}, nil
+	e := &entry{record: r, config: config}
+	for _, id := range config.RootFS.DiffIDs {
+		if _, err := s.layers.Get(id); err != nil {
+			return e, err
+		}
+	}
+	return e, nil
 }
 
 // settleNames gives each name to the image with the newest claim to it.

@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/flight"
 	"sampan.dev/sampan/internal/layer"
 	"sampan.dev/sampan/internal/registry"
@@ -44,6 +45,7 @@ type Store struct {
 
 	mu      sync.Mutex // guards what follows, and the records on disk
 	images  map[string]*entry
+	torn    map[string]*entry          // images that lack a layer, see Mend
 	holders map[string]map[string]bool // holder → ids
 	leases  map[digest.Digest]int      // layers of pulls and loads under way
 	seq     uint64                     // of the last name given
@@ -83,6 +85,7 @@ func Open(c Config) (*Store, error) {
 		pinned:  pinned,
 		slots:   make(chan struct{}, 3*layersAtOnce()),
 		images:  make(map[string]*entry),
+		torn:    make(map[string]*entry),
 		holders: make(map[string]map[string]bool),
 		leases:  make(map[digest.Digest]int),
 	}
@@ -238,6 +241,7 @@ func (s *Store) drop(e *entry) error {
 	if err := os.Rename(s.path(e.hex()), filepath.Join(grave, "image")); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return errors.Join(err, os.Remove(grave))
 	}
+	fault.Point("image.discarded")
 	delete(s.images, e.ID)
 	s.refresh()
 	return errors.Join(os.RemoveAll(grave), s.dropLayers(e.layers()))
@@ -268,9 +272,11 @@ func (s *Store) held(id string) bool {
 // The caller holds s.mu.
 func (s *Store) dropLayers(ids []digest.Digest) error {
 	needed := make(map[digest.Digest]bool)
-	for _, e := range s.images {
-		for _, id := range e.layers() {
-			needed[id] = true
+	for _, images := range []map[string]*entry{s.images, s.torn} {
+		for _, e := range images {
+			for _, id := range e.layers() {
+				needed[id] = true
+			}
 		}
 	}
 	var errs []error
@@ -311,6 +317,9 @@ func (s *Store) install(n newImage) (Image, error) {
 	defer s.mu.Unlock()
 	e, known := s.images[n.id]
 	if !known {
+		e, known = s.torn[n.id]
+	}
+	if !known {
 		e = &entry{record: record{ID: n.id}, config: n.config}
 	}
 	next := e.record
@@ -327,6 +336,8 @@ func (s *Store) install(n newImage) (Image, error) {
 	}
 	e.record = next
 	s.images[n.id] = e
+	delete(s.torn, n.id)
+	fault.Point("image.installed")
 	s.disown(e, n.names)
 	s.refresh()
 	return s.snapshot(e), nil

@@ -45,6 +45,7 @@ type Client struct {
 	mu     sync.Mutex
 	conn   *ttrpc.Client // nil if not connected
 	closed bool
+	held   map[string]map[string]*os.File // by container and name, see hold
 }
 
 // Config says which keeper a Client talks to.
@@ -75,7 +76,7 @@ func newClient(cfg Config) *Client {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Client{cfg: cfg, log: cfg.Logger, dialing: make(chan struct{}, 1)}
+	return &Client{cfg: cfg, log: cfg.Logger, dialing: make(chan struct{}, 1), held: make(map[string]map[string]*os.File)}
 }
 
 // Close ends the connection. The keeper and its containers go on.
@@ -83,6 +84,10 @@ func (c *Client) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.closed = true
+	for id, files := range c.held {
+		closeHeld(files)
+		delete(c.held, id)
+	}
 	if c.conn == nil {
 		return nil
 	}
@@ -128,6 +133,9 @@ func (c *Client) Create(ctx context.Context, r CreateRequest) (CreateResponse, e
 		resp.Process = fromAPIProcess(a.GetProcess())
 		return err
 	})
+	if err == nil {
+		go c.hold(ctx, r.ID) // ends by itself, soon
+	}
 	return resp, err
 }
 
@@ -200,6 +208,9 @@ func (c *Client) ReopenLog(ctx context.Context, id string) error {
 func (c *Client) Delete(ctx context.Context, id string) error {
 	return c.call(ctx, "delete container "+id, func(ctx context.Context, k api.KeeperClient) error {
 		_, err := k.Delete(ctx, &api.DeleteRequest{Id: id})
+		if err == nil {
+			c.letGo(id)
+		}
 		return err
 	})
 }
@@ -254,11 +265,13 @@ func (c *Client) watch(ctx context.Context, onConnect func([]ContainerState), on
 		return err
 	}
 	onConnect(states)
+	go c.holdAll(ctx, states)
 	for {
 		e, err := stream.Recv()
 		if err != nil {
 			return c.lost(conn, err)
 		}
+		c.letGo(e.Id)
 		onEvent(Event{ID: e.Id, PodID: e.PodId, Exit: fromAPIExit(e.Exit)})
 	}
 }
@@ -351,7 +364,7 @@ func (c *Client) dial(ctx context.Context, name string) (*net.UnixConn, error) {
 	if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT) || c.cfg.Binary == "" {
 		return nil, fmt.Errorf("connect to keeper: %w: %w", err, errdefs.ErrUnavailable)
 	}
-	startErr := start(ctx, c.cfg)
+	startErr := c.start(ctx)
 	// Somebody else may have started it.
 	if conn, err = dialUnix(ctx, c.cfg.Dir, name); err != nil {
 		return nil, fmt.Errorf("start keeper: %w: %w", cmp.Or(startErr, err), errdefs.ErrUnavailable)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/keeper/link"
 )
 
@@ -24,8 +25,9 @@ const startTimeout = 10 * time.Second
 const maxLog = 1 << 20
 
 // start runs a keeper in cfg.Dir and returns when it answers. If somebody else
-// started one at the same time, that one is as good.
-func start(ctx context.Context, cfg Config) error {
+// started one at the same time, that one is as good. What is held goes to it.
+func (c *Client) start(ctx context.Context) error {
+	cfg := c.cfg
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
@@ -36,6 +38,7 @@ func start(ctx context.Context, cfg Config) error {
 		return err
 	}
 	defer log.Close()
+	fault.Point("keeper.log-opened")
 	ready, readyw, err := os.Pipe()
 	if err != nil {
 		return err
@@ -47,11 +50,19 @@ func start(ctx context.Context, cfg Config) error {
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.ExtraFiles = []*os.File{readyw}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
+	if err := c.withHeld(func(held []link.HeldFD, files []*os.File) error {
+		list, err := link.SaveHeld(held)
+		if err != nil {
+			return err
+		}
+		defer list.Close()
+		cmd.ExtraFiles = append([]*os.File{readyw, list}, files...)
+		return cmd.Start()
+	}); err != nil {
 		return err
 	}
+	fault.Point("keeper.launched")
 	go cmd.Wait() // it outlives this process; should it not, it leaves no zombie
 	readyw.Close()
 

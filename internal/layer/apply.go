@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/state"
 )
@@ -59,10 +60,12 @@ func (s *Store) unpack(ctx context.Context, diffID digest.Digest, open Source) (
 		return Info{}, err
 	}
 
+	fault.Point("layer.directory-made")
 	content, got, err := extract(ctx, tree, open)
 	if err != nil {
 		return Info{}, err
 	}
+	fault.Point("layer.unpacked")
 	if got != diffID {
 		return Info{}, fmt.Errorf("its content has the digest %s: %w", got, errdefs.ErrDataLoss)
 	}
@@ -70,6 +73,7 @@ func (s *Store) unpack(ctx context.Context, diffID digest.Digest, open Source) (
 		DiffID:     diffID,
 		Bytes:      content.bytes,
 		Inodes:     content.inodes,
+		Sum:        content.sum.String(),
 		Boot:       host.BootID(),
 		OpaqueRoot: content.opaqueRoot,
 		Implicit:   slices.Sorted(maps.Keys(content.implicit)),
@@ -153,6 +157,7 @@ func (s *Store) commit(ctx context.Context, tree string, r record) (Info, error)
 	if err := os.Rename(tree, place); err != nil {
 		return Info{}, err
 	}
+	fault.Point("layer.placed")
 	if err := state.Write(s.recordPath(r.DiffID), recordKind, r, state.Volatile); err != nil {
 		return Info{}, errors.Join(err, s.discard(place))
 	}

@@ -19,11 +19,14 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/flight"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/state"
@@ -74,6 +77,7 @@ type record struct {
 	DiffID digest.Digest `json:"diffID"`
 	Bytes  uint64        `json:"bytes"`
 	Inodes uint64        `json:"inodes"`
+	Sum    string        `json:"sum,omitempty"` // of the files' content, see contentSum; older builds wrote none
 	Boot   string        `json:"boot"`
 	Synced bool          `json:"synced"`
 	// OpaqueRoot says that nothing of the layers below is to be seen.
@@ -158,6 +162,7 @@ func (s *Store) Remove(diffID digest.Digest) error {
 	if err := state.Remove(s.recordPath(diffID)); err != nil {
 		return fmt.Errorf("remove layer %s: %w", diffID, err)
 	}
+	fault.Point("layer.record-removed")
 	if err := s.discard(s.Path(diffID)); err != nil {
 		return fmt.Errorf("remove layer %s: %w", diffID, err)
 	}
@@ -186,8 +191,15 @@ func (s *Store) load() error {
 	if err != nil {
 		return err
 	}
+	used, err := usedNames()
+	if err != nil {
+		return err
+	}
 	for _, e := range leftovers {
-		s.removeInBackground(s.path("tmp", e.Name()))
+		// What a container still has mounted stays until a later start.
+		if n, ok := strings.CutPrefix(e.Name(), gravePrefix); !ok || !used(n) {
+			s.removeInBackground(s.path("tmp", e.Name()))
+		}
 	}
 	if err := state.SweepTemporary(s.path("record")); err != nil {
 		return err
@@ -217,7 +229,7 @@ func (s *Store) load() error {
 		return err
 	}
 	for _, e := range trees {
-		if !named[e.Name()] {
+		if !named[e.Name()] && !used(e.Name()) {
 			if err := s.discard(s.path("tree", e.Name())); err != nil {
 				return err
 			}
@@ -253,15 +265,41 @@ func (s *Store) discard(dir string) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	grave, err := os.MkdirTemp(s.path("tmp"), "removed-")
+	grave, err := os.MkdirTemp(s.path("tmp"), gravePrefix+filepath.Base(dir)+"-")
 	if err != nil {
 		return err
 	}
 	if err := os.Rename(dir, filepath.Join(grave, "tree")); err != nil {
 		return errors.Join(err, os.Remove(grave))
 	}
+	fault.Point("layer.discarded")
+	used, err := usedNames()
+	if err == nil && used(filepath.Base(dir)) {
+		s.log.Warn("files of a layer stay until no container has them mounted", "op", "remove layer", "layer", filepath.Base(dir))
+		return nil
+	}
 	s.removeInBackground(grave)
 	return nil
+}
+
+// gravePrefix begins the names of directories in tmp with the files of layers that
+// are none any more; then comes the layer's name.
+const gravePrefix = "removed-"
+
+// usedNames tells of layers' names, and of what begins so, whether their files are
+// part of a root file system that is mounted now.
+func usedNames() (func(name string) bool, error) {
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("overlay"))
+	if err != nil {
+		return nil, fmt.Errorf("list mounts: %w", err)
+	}
+	var options strings.Builder
+	for _, m := range mounts {
+		options.WriteString(m.VFSOptions)
+	}
+	return func(name string) bool {
+		return len(name) >= nameLength && strings.Contains(options.String(), name[:nameLength])
+	}, nil
 }
 
 func (s *Store) removeInBackground(dir string) {

@@ -16,6 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 )
 
@@ -113,6 +114,7 @@ func (s *Store) mountFrom(v view, m MountSpec, stack []record) error {
 			return err
 		}
 	}
+	fault.Point("rootfs.prepared")
 	lower := lowerDirs(stack, m.ReadOnly)
 	if !s.mounts.noAppend.Load() {
 		err := v.mountNew(m, lower)
@@ -194,6 +196,7 @@ func (v view) makeUpper(stack []record, upper string) error {
 	if err := v.restore(stack, fresh); err != nil {
 		return errors.Join(err, os.RemoveAll(fresh))
 	}
+	fault.Point("rootfs.upper-restored")
 	return os.Rename(fresh, upper)
 }
 

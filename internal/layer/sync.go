@@ -7,6 +7,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/state"
 )
 
@@ -27,6 +28,7 @@ func (s *Store) Sync() error {
 	if err := unix.Syncfs(int(f.Fd())); err != nil {
 		return fmt.Errorf("sync layers: %w", err)
 	}
+	fault.Point("layer.synced")
 	for _, id := range unsynced {
 		if err := s.markSynced(id); err != nil {
 			return fmt.Errorf("sync layer %s: %w", id, err)

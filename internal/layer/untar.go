@@ -28,6 +28,7 @@ const opaqueXattr = "trusted.overlay.opaque"
 type content struct {
 	bytes      uint64
 	inodes     uint64
+	sum        contentSum
 	opaqueRoot bool
 	implicit   map[string]bool // directories made for an entry inside them; "." is the root
 }
@@ -314,12 +315,14 @@ func (u *untarrer) file(dirfd int, base string, h *tar.Header, body io.Reader) e
 		return err
 	}
 	defer unix.Close(fd)
+	var sum fileSum
 	for {
 		n, err := body.Read(u.buf)
 		if err := writeAll(fd, u.buf[:n]); err != nil {
 			return err
 		}
 		u.content.bytes += uint64(n)
+		sum.add(u.buf[:n])
 		if errors.Is(err, io.EOF) {
 			break
 		}
@@ -327,6 +330,7 @@ func (u *untarrer) file(dirfd int, base string, h *tar.Header, body io.Reader) e
 			return err
 		}
 	}
+	u.content.sum.add(sum)
 	if err := setAttributes(fd, h); err != nil {
 		return err
 	}

@@ -31,7 +31,7 @@ func Open(cfg Config) (*Pods, error) {
 	}
 	s.ops.Limit = maxOperation
 	s.hostUserNamespaces = sync.OnceValue(func() error { return host.ProbeUserNamespaces(cfg.Root, cfg.Init) })
-	s.keepers = keepers{dial: cfg.Keeper, follow: s.follow, all: make(map[string]*keeperConn)}
+	s.keepers = keepers{dial: cfg.Keeper, follow: s.follow, needs: s.knowsPod, closed: make(chan struct{}), all: make(map[string]*keeperConn)}
 	if err := s.paths.make(); err != nil {
 		return nil, fmt.Errorf("open pods: %w", err)
 	}
@@ -74,11 +74,26 @@ func (s *Pods) loadPods() error {
 		return err
 	}
 	for _, e := range entries {
+		if s.unbegun(e.Name()) {
+			if err := s.discard(s.paths.pod(e.Name())); err != nil {
+				return err
+			}
+			continue
+		}
 		p := s.loadPod(e.Name())
 		s.pods[p.ID] = p
 		s.cfg.SELinux.Adopt(p.ID, p.Labels)
 	}
 	return nil
+}
+
+// unbegun tells whether a pod's making was cut off before its configuration was
+// written, and so before anything else was made.
+func (s *Pods) unbegun(id string) bool {
+	dir := s.paths.pod(id)
+	return !slices.ContainsFunc([]string{"config", "ready", "stopped"}, func(name string) bool {
+		return state.Exists(filepath.Join(dir, name))
+	})
 }
 
 // loadPod rebuilds a pod from its records. One that cannot be read is a pod
@@ -168,13 +183,7 @@ func (s *Pods) Adopt(ctx context.Context) {
 			}
 		})
 	}
-	for _, c := range s.loadedContainers() {
-		for _, image := range c.images() {
-			if _, err := s.cfg.Images.Acquire(image, c.ID); err != nil {
-				s.log.Warn("image of a container is gone", "container", c.ID, "image", image, "err", err)
-			}
-		}
-	}
+	s.HoldImages()
 	s.cfg.Images.RetainOnly(s.knowsContainer)
 	var wg sync.WaitGroup
 	for _, p := range s.snapshotPods() {
@@ -182,6 +191,18 @@ func (s *Pods) Adopt(ctx context.Context) {
 	}
 	wg.Wait()
 	s.sweep(ctx)
+}
+
+// HoldImages keeps the images of all containers. Those that were not there when
+// they were asked for may be later.
+func (s *Pods) HoldImages() {
+	for _, c := range s.loadedContainers() {
+		for _, image := range c.images() {
+			if _, err := s.cfg.Images.Acquire(image, c.ID); err != nil {
+				s.log.Warn("image of a container is gone", "container", c.ID, "image", image, "err", err)
+			}
+		}
+	}
 }
 
 func (s *Pods) loadedContainers() []*Container {
@@ -216,7 +237,7 @@ func (s *Pods) adoptPod(ctx context.Context, p *Pod) {
 		return
 	}
 	// Whoever has containers, or may have, is followed from now on.
-	if _, err := s.keeper(ctx, p); err != nil {
+	if err := s.reach(ctx, p); err != nil {
 		s.log.Error("keeper of a pod is out of reach", "pod", p.ID, "err", err)
 	}
 	for _, c := range s.containersOf(p.ID) {
@@ -225,13 +246,37 @@ func (s *Pods) adoptPod(ctx context.Context, p *Pod) {
 		}
 		if err := s.undoContainer(ctx, p, c); err != nil {
 			s.log.Error("half-made container stays", "container", c.ID, "err", err)
-			s.ended(c, keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: "its creation was interrupted: " + err.Error()})
+			s.strand(c, "its creation was interrupted: "+err.Error())
 		}
 	}
 	if !p.visible() {
 		if err := s.undoPod(ctx, p); err != nil {
 			s.log.Error("half-made pod stays", "pod", p.ID, "err", err)
 			s.fail(p, "its creation was interrupted: "+err.Error())
+		}
+	}
+}
+
+const (
+	// maxReach bounds how long an adoption waits for a keeper. Another one may just
+	// be leaving, or have been killed on its way up.
+	maxReach   = 15 * time.Second
+	reachPause = 200 * time.Millisecond
+)
+
+// reach connects to the pod's keeper, if need be several times.
+func (s *Pods) reach(ctx context.Context, p *Pod) error {
+	ctx, cancel := context.WithTimeout(ctx, maxReach)
+	defer cancel()
+	for {
+		_, err := s.keeper(ctx, p)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-time.After(reachPause):
+		case <-ctx.Done():
+			return err
 		}
 	}
 }
@@ -325,6 +370,7 @@ func (s *Pods) missing(c *Container) {
 // sweep removes what belongs to nobody.
 func (s *Pods) sweep(ctx context.Context) {
 	s.emptyTrash()
+	s.sweepKeepers(ctx)
 	if err := s.cfg.Network.Sweep(ctx, s.knowsPod); err != nil {
 		s.log.Error("sweep network", "err", err)
 	}
@@ -336,6 +382,51 @@ func (s *Pods) sweep(ctx context.Context) {
 		}
 		return errors.Join(host.Unpin(s.paths.netNS(id)), s.removeStateDir(s.paths.podState(id)), s.removeOwnCgroup(ctx, id))
 	})
+}
+
+// keeperLeaves is how long a keeper may take that is let go.
+const keeperLeaves = 10 * time.Second
+
+// sweepKeepersSoon looks after keepers that were let go: one that was killed while
+// it cleaned up after itself has nobody else who would.
+func (s *Pods) sweepKeepersSoon() {
+	if !s.sweeping.CompareAndSwap(false, true) {
+		return
+	}
+	s.work.Go(func() {
+		select {
+		case <-time.After(keeperLeaves):
+			s.sweeping.Store(false)
+			ctx, cancel := context.WithTimeout(context.Background(), maxUndo)
+			defer cancel()
+			s.sweepKeepers(ctx)
+		case <-s.keepers.closed:
+		}
+	})
+}
+
+// sweepKeepers removes what is left of keepers without pods. One that still has
+// containers is connected to, which removes them, and let go.
+func (s *Pods) sweepKeepers(ctx context.Context) {
+	occupied, err := s.cfg.SweepKeepers(func(name string) bool {
+		return name == s.cfg.KeeperFor("") || slices.ContainsFunc(s.snapshotPods(), func(p *Pod) bool { return p.Keeper == name })
+	})
+	if err != nil {
+		s.log.Error("sweep keepers", "err", err)
+	}
+	for _, name := range occupied {
+		k, err := s.keepers.get(ctx, name, "")
+		if err == nil {
+			var all []keeper.ContainerState
+			if all, err = k.List(ctx); err == nil {
+				s.reconcile(ctx, name, k, all)
+			}
+		}
+		if err != nil {
+			s.log.Error("keeper of nobody stays", "keeper", name, "err", err)
+		}
+		s.keepers.leave(name, "")
+	}
 }
 
 func (s *Pods) sweepDir(dir string, known func(id string) bool, remove func(id string) error) {

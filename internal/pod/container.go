@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/spec"
@@ -105,7 +106,8 @@ func (c *Container) String() string {
 	return fmt.Sprintf("container %s (%s)", c.Config.GetMetadata().GetName(), short(c.ID))
 }
 
-// end records that the container has exited; the first word counts.
+// end records that the container has exited; the first word counts. One that is
+// being made, or unmade because it was half made, stays invisible.
 func (c *Container) end(exit keeper.Exit) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -113,10 +115,20 @@ func (c *Container) end(exit keeper.Exit) {
 		return
 	}
 	c.exit = &exit
-	if c.state < Exited {
-		c.state = Exited
+	if c.state != Creating {
+		c.state = max(c.state, Exited)
 	}
 	close(c.exited)
+}
+
+// strand makes a half-made container that cannot be undone visible, as one that
+// has exited, so that the client can remove what is left.
+func (s *Pods) strand(c *Container, why string) {
+	c.end(keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: why})
+	c.mu.Lock()
+	c.state = max(c.state, Exited)
+	c.mu.Unlock()
+	s.announceContainer(c)
 }
 
 // ended is end, and lets it be known.
@@ -216,8 +228,7 @@ func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.C
 		undo, cancel := undoContext(ctx)
 		defer cancel()
 		if uerr := s.undoContainer(undo, p, c); uerr != nil {
-			// Visible, so that the client can remove what is left.
-			s.ended(c, keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: fmt.Sprintf("%v; and undoing it: %v", err, uerr)})
+			s.strand(c, fmt.Sprintf("%v; and undoing it: %v", err, uerr))
 			return "", fmt.Errorf("%w (undo: %w)", err, uerr)
 		}
 		return "", err
@@ -260,6 +271,7 @@ func (s *Pods) assemble(ctx context.Context, p *Pod, c *Container) error {
 	if err != nil {
 		return err
 	}
+	fault.Point("container.bundle-written")
 	resp, err := k.Create(ctx, keeper.CreateRequest{
 		ID: c.ID, PodID: p.ID, Bundle: s.paths.bundle(c.ID), Handler: s.cfg.Handlers[p.Runtime],
 		LogPath: logPath(p, c), ExitRecord: s.paths.exit(c.ID),
@@ -268,6 +280,7 @@ func (s *Pods) assemble(ctx context.Context, p *Pod, c *Container) error {
 	if err != nil {
 		return err
 	}
+	fault.Point("container.created")
 	u := oci.Process.User
 	user := &userRecord{UID: int64(u.UID), GID: int64(u.GID)}
 	for _, g := range u.AdditionalGids {
@@ -281,8 +294,9 @@ func (s *Pods) assemble(ctx context.Context, p *Pod, c *Container) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("the pod was stopped meanwhile: %w", errdefs.ErrAborted)
 	}
-	if c.exit == nil {
-		c.state = Created
+	c.state = Created
+	if c.exit != nil {
+		c.state = Exited
 	}
 	c.process, c.user, c.abandon = resp.Process, user, nil
 	return nil
@@ -324,15 +338,35 @@ func (s *Pods) startContainer(ctx context.Context, c *Container) error {
 		return err
 	}
 	defer s.announceContainer(c)
-	at, err := c.start(func() (time.Time, error) { return k.Start(ctx, c.ID) })
+	at, err := c.start(func() (time.Time, error) { return s.startInKeeper(ctx, k, c) })
 	if err != nil {
 		return err
 	}
+	fault.Point("container.started")
 	if err := state.Write(filepath.Join(s.paths.container(c.ID), "started"), startedKind, startedRecord{at}, state.Volatile); err != nil {
 		return err
 	}
 	s.tellStarted(ctx, p, c)
 	return nil
+}
+
+// startInKeeper has the keeper start the container. An earlier daemon may have done
+// so and died before it could say so to anybody: then this is its answer.
+func (s *Pods) startInKeeper(ctx context.Context, k Keeper, c *Container) (time.Time, error) {
+	at, err := k.Start(ctx, c.ID)
+	if !errdefs.IsFailedPrecondition(err) {
+		return at, err
+	}
+	all, lerr := k.List(ctx)
+	if lerr != nil {
+		return at, err
+	}
+	for _, ks := range all {
+		if ks.ID == c.ID && !ks.StartedAt.IsZero() {
+			return ks.StartedAt, nil
+		}
+	}
+	return at, err
 }
 
 // start marks the container as running. Its exit may be known before the keeper
@@ -523,6 +557,7 @@ func (s *Pods) updateContainer(ctx context.Context, c *Container, update *runtim
 	if err := k.Update(ctx, c.ID, limits); err != nil {
 		return err
 	}
+	fault.Point("container.updated")
 	if err := state.Write(filepath.Join(s.paths.container(c.ID), "resources"), resourcesKind, linuxResources{merged}, state.Volatile); err != nil {
 		return errors.Join(err, s.restoreLimits(ctx, k, c, old))
 	}
@@ -610,6 +645,7 @@ func (s *Pods) undoContainer(ctx context.Context, p *Pod, c *Container) error {
 	if err := s.deleteFromKeeper(ctx, p, c.ID); err != nil {
 		return err
 	}
+	fault.Point("container.deleted-from-keeper")
 	s.tellContainerRemoved(ctx, p, c)
 	if err := s.undoFiles(c.ID); err != nil {
 		return err
@@ -636,15 +672,19 @@ func (s *Pods) undoFiles(id string) error {
 	if err := s.cfg.Layers.Unmount(s.paths.rootfs(id)); err != nil {
 		return err
 	}
+	fault.Point("container.rootfs-unmounted")
 	if err := s.unmountImages(id); err != nil {
 		return err
 	}
+	fault.Point("container.images-unmounted")
 	if err := s.removeStateDir(s.paths.containerState(id)); err != nil {
 		return err
 	}
+	fault.Point("container.state-removed")
 	if err := s.discard(s.paths.container(id)); err != nil {
 		return err
 	}
+	fault.Point("container.discarded")
 	s.cfg.Images.Release(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/spec"
@@ -41,6 +42,7 @@ func (s *Pods) startInit(ctx context.Context, p *Pod) error {
 	if err := writeBundle(bundle, oci); err != nil {
 		return err
 	}
+	fault.Point("pod.init-bundle-written")
 	k, err := s.keeper(ctx, p)
 	if err != nil {
 		return err
@@ -52,9 +54,11 @@ func (s *Pods) startInit(ctx context.Context, p *Pod) error {
 	if err != nil {
 		return fmt.Errorf("init of the pod's PID namespace: %w", err)
 	}
+	fault.Point("pod.init-created")
 	if err := host.Pin(fmt.Sprintf("/proc/%d/ns/pid", resp.Process.Pid), s.pinned(p.ID, "pid")); err != nil {
 		return err
 	}
+	fault.Point("pod.init-pinned")
 	if _, err := k.Start(ctx, p.ID); err != nil {
 		return fmt.Errorf("init of the pod's PID namespace: %w", err)
 	}

@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
 
 	"sampan.dev/sampan/internal/keeper"
 )
@@ -13,10 +16,12 @@ import (
 type keepers struct {
 	dial   func(ctx context.Context, name string) (Keeper, error)
 	follow func(ctx context.Context, name string, k Keeper)
+	needs  func(podID string) bool // whether there is such a pod still
 
-	mu   sync.Mutex
-	all  map[string]*keeperConn
-	work sync.WaitGroup
+	mu     sync.Mutex
+	closed chan struct{} // closed by close, under mu
+	all    map[string]*keeperConn
+	work   sync.WaitGroup
 }
 
 type keeperConn struct {
@@ -29,21 +34,32 @@ type keeperConn struct {
 
 // get returns the keeper called name for the pod, connecting if need be.
 func (k *keepers) get(ctx context.Context, name, podID string) (Keeper, error) {
-	k.mu.Lock()
-	conn, ok := k.all[name]
-	if !ok {
-		conn = &keeperConn{dialed: make(chan struct{}), pods: make(map[string]bool)}
-		k.all[name] = conn
-		k.work.Go(func() { k.connect(context.WithoutCancel(ctx), name, conn) })
-	}
-	conn.pods[podID] = true
-	k.mu.Unlock()
+	conn := k.enter(ctx, name, podID)
 	select {
 	case <-conn.dialed:
 		return conn.keeper, conn.err
 	case <-ctx.Done():
 		return nil, fmt.Errorf("connect to keeper %s: %w", name, context.Cause(ctx))
 	}
+}
+
+// enter notes that a pod needs a keeper, and begins to connect if need be.
+func (k *keepers) enter(ctx context.Context, name, podID string) *keeperConn {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	conn, ok := k.all[name]
+	if !ok && k.isClosed() {
+		conn = &keeperConn{dialed: make(chan struct{}), err: fmt.Errorf("keeper %s: the daemon stops: %w", name, errdefs.ErrUnavailable)}
+		close(conn.dialed)
+		return conn
+	}
+	if !ok {
+		conn = &keeperConn{dialed: make(chan struct{}), pods: make(map[string]bool)}
+		k.all[name] = conn
+		k.work.Go(func() { k.connect(context.WithoutCancel(ctx), name, conn) })
+	}
+	conn.pods[podID] = true
+	return conn
 }
 
 func (k *keepers) connect(ctx context.Context, name string, conn *keeperConn) {
@@ -61,12 +77,47 @@ func (k *keepers) connect(ctx context.Context, name string, conn *keeperConn) {
 	close(conn.dialed)
 	if conn.err == nil {
 		k.follow(followCtx, name, conn.keeper)
+		return
+	}
+	select {
+	case <-time.After(redialPause):
+		k.redial(ctx, name, conn)
+	case <-k.closed:
+	}
+}
+
+// redialPause is how long a keeper that did not start is left alone.
+const redialPause = time.Second
+
+// redial connects anew for the pods that a failed connection was for: those that
+// are still there have nobody else who would, and their containers nobody who
+// reads their output.
+func (k *keepers) redial(ctx context.Context, name string, failed *keeperConn) {
+	k.mu.Lock()
+	var waiting []string
+	for podID := range failed.pods {
+		if k.needs(podID) {
+			waiting = append(waiting, podID)
+		}
+	}
+	k.mu.Unlock()
+	for _, podID := range waiting {
+		k.enter(ctx, name, podID)
+	}
+}
+
+func (k *keepers) isClosed() bool {
+	select {
+	case <-k.closed:
+		return true
+	default:
+		return false
 	}
 }
 
 // leave says that a pod is gone. A keeper of one pod, or of an earlier version,
-// is let go with its last pod; it ends by itself then.
-func (k *keepers) leave(name, podID string) {
+// is let go with its last pod: it ends by itself then, and leave reports it.
+func (k *keepers) leave(name, podID string) (last bool) {
 	k.mu.Lock()
 	conn := k.all[name]
 	if conn != nil {
@@ -82,11 +133,15 @@ func (k *keepers) leave(name, podID string) {
 		<-conn.dialed
 		conn.close()
 	}
+	return conn != nil
 }
 
 // close lets go of all keepers and waits for the followers. Containers go on.
 func (k *keepers) close() {
 	k.mu.Lock()
+	if !k.isClosed() {
+		close(k.closed)
+	}
 	all := k.all
 	k.all = make(map[string]*keeperConn)
 	k.mu.Unlock()

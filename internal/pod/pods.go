@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -96,6 +97,9 @@ type Config struct {
 	// KeeperHolds reports whether that keeper has, or had when it died, a
 	// container. It works also when the keeper cannot be started.
 	KeeperHolds func(name, id string) bool
+	// SweepKeepers removes what keepers have left that died and that nobody
+	// needs. It returns those that nobody needs but that have containers.
+	SweepKeepers func(needed func(name string) bool) (occupied []string, err error)
 	// KeeperFor names the keeper that gets a new pod's containers.
 	KeeperFor func(podID string) string
 
@@ -138,6 +142,7 @@ type Pods struct {
 	work     sync.WaitGroup                    // in the background
 
 	hostUserNamespaces func() error // nil, or why there are none; tried out once
+	sweeping           atomic.Bool  // of keepers that were let go; it comes soon
 
 	events events
 

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/host/selinux"
 	"sampan.dev/sampan/internal/layer"
@@ -34,6 +35,7 @@ func (s *Pods) recordContainer(c *Container) error {
 	if err := os.Mkdir(dir, 0o711); err != nil {
 		return err
 	}
+	fault.Point("container.directory-made")
 	return state.Write(filepath.Join(dir, "config"), containerKind, c.containerRecord, state.Volatile)
 }
 
@@ -53,10 +55,12 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	}); err != nil {
 		return nil, err
 	}
+	fault.Point("container.rootfs-mounted")
 	images, err := s.mountImages(ctx, p, c, labels.Mount)
 	if err != nil {
 		return nil, err
 	}
+	fault.Point("container.images-mounted")
 	in, err := s.specInput(ctx, p, c, image, images, labels)
 	if err != nil {
 		return nil, err
@@ -74,6 +78,7 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	if err := s.makeLogDir(ctx, logPath(p, c)); err != nil {
 		return nil, err
 	}
+	fault.Point("container.log-directory-made")
 	return oci, writeBundle(s.paths.bundle(c.ID), oci)
 }
 

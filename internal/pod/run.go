@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/network"
 	"sampan.dev/sampan/internal/spec"
@@ -134,6 +135,7 @@ func (s *Pods) recordPod(p *Pod) error {
 	if err := os.Mkdir(dir, 0o711); err != nil {
 		return err
 	}
+	fault.Point("pod.directory-made")
 	if err := state.Write(filepath.Join(dir, "config"), podKind, p.podRecord, state.Volatile); err != nil {
 		return errors.Join(err, os.Remove(dir))
 	}
@@ -154,10 +156,12 @@ func (s *Pods) setUp(ctx context.Context, p *Pod) error {
 	if err := ns.Create(); err != nil {
 		return err
 	}
+	fault.Point("pod.namespaces-made")
 	result, err := s.attach(ctx, p)
 	if err != nil {
 		return err
 	}
+	fault.Point("pod.attached")
 	ips := make([]string, 0, len(result.IPs))
 	for _, ip := range result.IPs {
 		ips = append(ips, ip.String())
@@ -165,9 +169,11 @@ func (s *Pods) setUp(ctx context.Context, p *Pod) error {
 	if err := s.writeFiles(p, ips, result.DNS); err != nil {
 		return err
 	}
+	fault.Point("pod.files-written")
 	if err := s.mountShm(p); err != nil {
 		return err
 	}
+	fault.Point("pod.shm-mounted")
 	if spec.NamespacesOf(p.Config.PodSandboxConfig).PID {
 		if err := s.startInit(ctx, p); err != nil {
 			return err
@@ -253,6 +259,7 @@ func (s *Pods) stopPod(ctx context.Context, p *Pod) error {
 	if err := s.killContainers(ctx, p); err != nil {
 		return err
 	}
+	fault.Point("pod.containers-killed")
 	s.tellPodStopped(ctx, p)
 	return s.release(ctx, p)
 }
@@ -265,6 +272,7 @@ func (s *Pods) retire(p *Pod) error {
 	if err := os.Rename(filepath.Join(dir, "ready"), filepath.Join(dir, "stopped")); ignoreAbsent(err) != nil {
 		return err
 	}
+	fault.Point("pod.retired")
 	p.mu.Lock()
 	p.phase = max(p.phase, stopped)
 	p.mu.Unlock()
@@ -305,9 +313,11 @@ func (s *Pods) release(ctx context.Context, p *Pod) error {
 	var errs []error
 	if spec.NamespacesOf(p.Config.PodSandboxConfig).PID {
 		errs = append(errs, s.stopInit(ctx, p))
+		fault.Point("pod.init-stopped")
 	}
 	if p.NetNS != "" {
 		errs = append(errs, s.cfg.Network.Detach(ctx, p.ID))
+		fault.Point("pod.detached")
 	}
 	errs = append(errs, s.namespaces(p).Remove(), host.UnmountUnder(s.paths.podState(p.ID)))
 	if err := errors.Join(errs...); err != nil {
@@ -363,9 +373,11 @@ func (s *Pods) undoPod(ctx context.Context, p *Pod) error {
 	if err := s.release(ctx, p); err != nil {
 		return err
 	}
+	fault.Point("pod.released")
 	if err := os.RemoveAll(s.paths.podState(p.ID)); err != nil {
 		return err
 	}
+	fault.Point("pod.files-removed")
 	if p.Config.GetLinux().GetCgroupParent() == "" {
 		if err := s.removeOwnCgroup(ctx, p.ID); err != nil {
 			return err
@@ -375,9 +387,12 @@ func (s *Pods) undoPod(ctx context.Context, p *Pod) error {
 	if err := s.discard(s.paths.pod(p.ID)); err != nil {
 		return err
 	}
+	fault.Point("pod.discarded")
 	s.dropPod(p)
 	s.announcePod(p)
-	s.keepers.leave(p.Keeper, p.ID)
+	if s.keepers.leave(p.Keeper, p.ID) {
+		s.sweepKeepersSoon()
+	}
 	return nil
 }
 

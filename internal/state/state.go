@@ -22,6 +22,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"sampan.dev/sampan/internal/fault"
 )
 
 // ErrDamaged marks a record whose content does not match its header.
@@ -64,9 +66,11 @@ func Write(path string, kind Kind, v any, d Durability) error {
 	}
 	body = append(body, '\n')
 	header := fmt.Sprintf("sampan %s v%d crc32c:%08x %d\n", kind.Name, kind.Version, crc32.Checksum(body, castagnoli), len(body))
-	if err := replace(path, append([]byte(header), body...), d); err != nil {
+	fault.Record(kind.Name, "begin")
+	if err := replace(path, kind, append([]byte(header), body...), d); err != nil {
 		return fmt.Errorf("write record %s: %w", path, err)
 	}
+	fault.Record(kind.Name, "written")
 	return nil
 }
 
@@ -148,7 +152,7 @@ func Remove(path string) error {
 // tmpPrefix marks files that a killed Write left behind; see SweepTemporary.
 const tmpPrefix = ".tmp-"
 
-func replace(path string, data []byte, d Durability) (err error) {
+func replace(path string, kind Kind, data []byte, d Durability) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), tmpPrefix+filepath.Base(path)+"-*")
 	if err != nil {
 		return err
@@ -170,6 +174,7 @@ func replace(path string, data []byte, d Durability) (err error) {
 	if err = f.Close(); err != nil {
 		return err
 	}
+	fault.Record(kind.Name, "temporary")
 	if err = os.Rename(f.Name(), path); err != nil {
 		return err
 	}

@@ -31,6 +31,7 @@ const module = "sampan.dev/sampan/"
 // up, never sideways. A sub-package lives on its parent's floor, and may import
 // the rest of its family.
 var floors = [][]string{
+	{"internal/fault"},
 	{"internal/state", "internal/host", "internal/flight", "internal/config", "internal/embedded", "internal/hello", "internal/backlog", "internal/bench"},
 	{"internal/spec", "internal/layer", "internal/registry", "internal/network", "internal/ociruntime", "internal/nri", "internal/reset"},
 	{"internal/keeper", "internal/handler"},

@@ -34,6 +34,8 @@ type Lab struct {
 	Registry string // URL of the registry that stands in for every other
 	Hosts    string // the directory of the hosts.toml files
 
+	Binary string // the sampan that runs, or is started next
+
 	Foreign *regexp.Regexp // what the test's own programs leave, see snapshot
 
 	Runtime runtimeapi.RuntimeServiceClient
@@ -67,7 +69,7 @@ func New(t testing.TB, o Options) *Lab {
 	Require(t)
 	dir, err := os.MkdirTemp(workDir(), "")
 	must(t, err)
-	l := &Lab{Dir: dir, Root: o.Root, level: cmp.Or(o.LogLevel, "debug"), State: "/run/sampan", Hosts: filepath.Join(dir, "certs.d")}
+	l := &Lab{Binary: os.Getenv(Binary), Dir: dir, Root: o.Root, level: cmp.Or(o.LogLevel, "debug"), State: "/run/sampan", Hosts: filepath.Join(dir, "certs.d")}
 	l.Socket = filepath.Join(l.State, "sampan.sock")
 	if l.Root == "" {
 		l.Root = filepath.Join(dir, "root")
@@ -136,14 +138,58 @@ func (l *Lab) writeConfig(t testing.TB, o Options) {
 // Start runs the daemon and waits until it answers.
 func (l *Lab) Start(t testing.TB) {
 	t.Helper()
-	l.daemon = exec.Command(os.Getenv(Binary), "serve", "--config", l.config, "--log-level", l.level, "--log-format", "text")
+	must(t, l.launch())
+	l.AwaitAnswer(t)
+}
+
+// launch runs the daemon.
+func (l *Lab) launch() error {
+	l.daemon = exec.Command(l.Binary, "serve", "--config", l.config, "--log-level", l.level, "--log-format", "text")
 	l.daemon.Stdout, l.daemon.Stderr, l.daemon.Env, l.daemon.Dir = l.log, l.log, l.env, l.Dir
-	must(t, l.daemon.Start())
+	if err := l.daemon.Start(); err != nil {
+		return err
+	}
 	l.exited = make(chan error, 1)
 	go func(cmd *exec.Cmd, exited chan<- error) { exited <- cmd.Wait() }(l.daemon, l.exited)
+	return nil
+}
+
+// AwaitAnswer waits until the daemon answers.
+func (l *Lab) AwaitAnswer(t testing.TB) {
+	t.Helper()
 	if err := l.awaitAnswer(20 * time.Second); err != nil {
 		t.Fatalf("daemon: %v\n%s", err, l.logTail())
 	}
+}
+
+// KeepRunning starts the daemon again whenever it ends, as systemd would, until
+// the returned function is called. That leaves it running. Meanwhile nothing else
+// may start or stop the daemon; whatever kills it does so by its pid.
+func (l *Lab) KeepRunning(t testing.TB) (stop func()) {
+	t.Helper()
+	enough, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-enough:
+				select {
+				case <-l.exited: // just now
+					if err := l.launch(); err != nil {
+						t.Errorf("daemon: %v", err)
+					}
+				default:
+				}
+				return
+			case <-l.exited:
+				if err := l.launch(); err != nil {
+					t.Errorf("daemon: %v", err)
+					return
+				}
+			}
+		}
+	}()
+	return func() { close(enough); <-done }
 }
 
 func (l *Lab) awaitAnswer(limit time.Duration) error {
@@ -218,19 +264,37 @@ func (l *Lab) Stop(t testing.TB) {
 // Pid is the daemon's process id.
 func (l *Lab) Pid() int { return l.daemon.Process.Pid }
 
+// Daemons are the pids of the lab's daemons, of which there is one or none.
+func (l *Lab) Daemons() ([]int, error) {
+	processes, err := processes()
+	var pids []int
+	for pid, args := range processes {
+		if len(args) > 3 && args[1] == "serve" && args[3] == l.config {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, err
+}
+
 // Keepers are the pids of the keeper's processes in a role, "supervisor" or
 // "worker".
 func (l *Lab) Keepers(t testing.TB, role string) []int {
 	t.Helper()
-	processes, err := processes()
+	pids, err := l.KeeperPids(role)
 	must(t, err)
+	return pids
+}
+
+// KeeperPids is Keepers for who is no test.
+func (l *Lab) KeeperPids(role string) ([]int, error) {
+	processes, err := processes()
 	var pids []int
 	for pid, args := range processes {
 		if len(args) > 1 && strings.HasPrefix(args[0], l.Root+"/bin/keeper-") && args[1] == role {
 			pids = append(pids, pid)
 		}
 	}
-	return pids
+	return pids, err
 }
 
 // logTail is the end of the daemon's log.

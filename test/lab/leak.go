@@ -96,7 +96,7 @@ func (l *Lab) files(s snapshot) error {
 func (l *Lab) processes(s snapshot) error {
 	all, err := processes()
 	for pid, args := range all {
-		if pid == 1 || pid == os.Getpid() || l.daemon != nil && pid == l.daemon.Process.Pid {
+		if pid == 1 || pid == os.Getpid() || len(args) > 3 && args[1] == "serve" && args[3] == l.config {
 			continue
 		}
 		s[fmt.Sprintf("process %d %s", pid, strings.Join(args, " "))] = true
@@ -168,7 +168,7 @@ func firewall(s snapshot) error {
 
 // What stays while the daemon runs, once it had a pod: its keeper, the bridge
 // and the tables with their chains.
-var standing = regexp.MustCompile(`^process \d+ \S*/bin/keeper-|^file .*/(keepers|bin|network/cni/cache)(/|$)|^cgroup .*/sampan\.keeper-|^link sampan0$|^nft `)
+var standing = regexp.MustCompile(`^process \d+ \S*/bin/keeper-|^file .*/(keepers|bin|network/cni/cache|network/builtin/subnets|network/cni/cidrs)(/|$)|^cgroup .*/sampan\.keeper-|^link sampan0$|^nft `)
 
 // What stays when the daemon and its keepers are gone: its directories, the
 // bridge and the tables, which the pods of a stopped daemon would still need.
@@ -206,7 +206,7 @@ func (l *Lab) tearDown(t testing.TB) {
 
 // reset lets the product remove what it left on purpose.
 func (l *Lab) reset() error {
-	out, err := exec.Command(os.Getenv(Binary), "reset", "--yes", "--config", l.config).CombinedOutput()
+	out, err := exec.Command(l.Binary, "reset", "--yes", "--config", l.config).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("sampan reset: %w\n%s", err, out)
 	}
@@ -323,6 +323,9 @@ func (l *Lab) CheckSince(t testing.TB, m Mark) {
 	t.Helper()
 	l.check(t, m.snapshot)
 }
+
+// LeftSince is an error unless all that was made since the mark is gone, soon.
+func (l *Lab) LeftSince(m Mark) error { return l.await(m.snapshot, standing, 15*time.Second) }
 
 func (l *Lab) check(t testing.TB, before snapshot) {
 	t.Helper()

@@ -1203,6 +1203,7 @@ type ExecRequest struct {
 	Height        uint32                 `protobuf:"varint,9,opt,name=height,proto3" json:"height,omitempty"`
 	Attach        *AttachRequest         `protobuf:"bytes,10,opt,name=attach,proto3" json:"attach,omitempty"`         // if set, no exec: see below
 	Checkpoint    *CheckpointRequest     `protobuf:"bytes,11,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"` // if set, no exec: see below
+	Hold          bool                   `protobuf:"varint,12,opt,name=hold,proto3" json:"hold,omitempty"`            // no exec: see HoldReply
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1312,6 +1313,13 @@ func (x *ExecRequest) GetCheckpoint() *CheckpointRequest {
 		return x.Checkpoint
 	}
 	return nil
+}
+
+func (x *ExecRequest) GetHold() bool {
+	if x != nil {
+		return x.Hold
+	}
+	return false
 }
 
 type ExecReply struct {
@@ -1589,6 +1597,71 @@ func (x *AttachInput) GetEndOfStdin() bool {
 	return false
 }
 
+// The one answer to an ExecRequest with hold set: the keeper's ends of the
+// container's stdio and the handle of its first process, attached in the order of
+// their names. Whoever has them can give them to the next keeper if this one dies
+// altogether.
+type HoldReply struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Names []string               `protobuf:"bytes,1,rep,name=names,proto3" json:"names,omitempty"`
+	// As in ExecReply.
+	Code          uint32 `protobuf:"varint,5,opt,name=code,proto3" json:"code,omitempty"`
+	Message       string `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldReply) Reset() {
+	*x = HoldReply{}
+	mi := &file_keeper_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldReply) ProtoMessage() {}
+
+func (x *HoldReply) ProtoReflect() protoreflect.Message {
+	mi := &file_keeper_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldReply.ProtoReflect.Descriptor instead.
+func (*HoldReply) Descriptor() ([]byte, []int) {
+	return file_keeper_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *HoldReply) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+func (x *HoldReply) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *HoldReply) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 // With a CheckpointRequest, the connection is as long as containers are paused. All
 // that are named are paused, then each is written into its directory. One
 // CheckpointReply tells that it is done. The containers go on when the caller shuts
@@ -1604,7 +1677,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_keeper_proto_msgTypes[26]
+	mi := &file_keeper_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1616,7 +1689,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[26]
+	mi := &file_keeper_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1629,7 +1702,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{26}
+	return file_keeper_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CheckpointRequest) GetTargets() []*CheckpointTarget {
@@ -1656,7 +1729,7 @@ type CheckpointTarget struct {
 
 func (x *CheckpointTarget) Reset() {
 	*x = CheckpointTarget{}
-	mi := &file_keeper_proto_msgTypes[27]
+	mi := &file_keeper_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1668,7 +1741,7 @@ func (x *CheckpointTarget) String() string {
 func (*CheckpointTarget) ProtoMessage() {}
 
 func (x *CheckpointTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[27]
+	mi := &file_keeper_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1681,7 +1754,7 @@ func (x *CheckpointTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointTarget.ProtoReflect.Descriptor instead.
 func (*CheckpointTarget) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{27}
+	return file_keeper_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CheckpointTarget) GetId() string {
@@ -1709,7 +1782,7 @@ type CheckpointReply struct {
 
 func (x *CheckpointReply) Reset() {
 	*x = CheckpointReply{}
-	mi := &file_keeper_proto_msgTypes[28]
+	mi := &file_keeper_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1721,7 +1794,7 @@ func (x *CheckpointReply) String() string {
 func (*CheckpointReply) ProtoMessage() {}
 
 func (x *CheckpointReply) ProtoReflect() protoreflect.Message {
-	mi := &file_keeper_proto_msgTypes[28]
+	mi := &file_keeper_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1734,7 +1807,7 @@ func (x *CheckpointReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointReply.ProtoReflect.Descriptor instead.
 func (*CheckpointReply) Descriptor() ([]byte, []int) {
-	return file_keeper_proto_rawDescGZIP(), []int{28}
+	return file_keeper_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CheckpointReply) GetCode() uint32 {
@@ -1839,7 +1912,7 @@ const file_keeper_proto_rawDesc = "" +
 	"\x05Event\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x15\n" +
 	"\x06pod_id\x18\x02 \x01(\tR\x05podId\x12*\n" +
-	"\x04exit\x18\x03 \x01(\v2\x16.sampan.keeper.v1.ExitR\x04exit\"\xd9\x02\n" +
+	"\x04exit\x18\x03 \x01(\v2\x16.sampan.keeper.v1.ExitR\x04exit\"\xed\x02\n" +
 	"\vExecRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x1a\n" +
@@ -1854,7 +1927,8 @@ const file_keeper_proto_rawDesc = "" +
 	" \x01(\v2\x1f.sampan.keeper.v1.AttachRequestR\x06attach\x12C\n" +
 	"\n" +
 	"checkpoint\x18\v \x01(\v2#.sampan.keeper.v1.CheckpointRequestR\n" +
-	"checkpoint\"\x9d\x01\n" +
+	"checkpoint\x12\x12\n" +
+	"\x04hold\x18\f \x01(\bR\x04hold\"\x9d\x01\n" +
 	"\tExecReply\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x03R\x03pid\x12\x16\n" +
 	"\x06exited\x18\x02 \x01(\bR\x06exited\x12\x1b\n" +
@@ -1874,7 +1948,11 @@ const file_keeper_proto_rawDesc = "" +
 	"\amessage\x18\x06 \x01(\tR\amessage\"/\n" +
 	"\vAttachInput\x12 \n" +
 	"\fend_of_stdin\x18\x01 \x01(\bR\n" +
-	"endOfStdin\"e\n" +
+	"endOfStdin\"O\n" +
+	"\tHoldReply\x12\x14\n" +
+	"\x05names\x18\x01 \x03(\tR\x05names\x12\x12\n" +
+	"\x04code\x18\x05 \x01(\rR\x04code\x12\x18\n" +
+	"\amessage\x18\x06 \x01(\tR\amessage\"e\n" +
 	"\x11CheckpointRequest\x12<\n" +
 	"\atargets\x18\x01 \x03(\v2\".sampan.keeper.v1.CheckpointTargetR\atargets\x12\x12\n" +
 	"\x04criu\x18\x02 \x01(\tR\x04criu\"4\n" +
@@ -1908,7 +1986,7 @@ func file_keeper_proto_rawDescGZIP() []byte {
 	return file_keeper_proto_rawDescData
 }
 
-var file_keeper_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_keeper_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_keeper_proto_goTypes = []any{
 	(*Empty)(nil),             // 0: sampan.keeper.v1.Empty
 	(*Process)(nil),           // 1: sampan.keeper.v1.Process
@@ -1936,9 +2014,10 @@ var file_keeper_proto_goTypes = []any{
 	(*AttachRequest)(nil),     // 23: sampan.keeper.v1.AttachRequest
 	(*AttachReply)(nil),       // 24: sampan.keeper.v1.AttachReply
 	(*AttachInput)(nil),       // 25: sampan.keeper.v1.AttachInput
-	(*CheckpointRequest)(nil), // 26: sampan.keeper.v1.CheckpointRequest
-	(*CheckpointTarget)(nil),  // 27: sampan.keeper.v1.CheckpointTarget
-	(*CheckpointReply)(nil),   // 28: sampan.keeper.v1.CheckpointReply
+	(*HoldReply)(nil),         // 26: sampan.keeper.v1.HoldReply
+	(*CheckpointRequest)(nil), // 27: sampan.keeper.v1.CheckpointRequest
+	(*CheckpointTarget)(nil),  // 28: sampan.keeper.v1.CheckpointTarget
+	(*CheckpointReply)(nil),   // 29: sampan.keeper.v1.CheckpointReply
 }
 var file_keeper_proto_depIdxs = []int32{
 	1,  // 0: sampan.keeper.v1.InfoResponse.supervisor:type_name -> sampan.keeper.v1.Process
@@ -1951,8 +2030,8 @@ var file_keeper_proto_depIdxs = []int32{
 	18, // 7: sampan.keeper.v1.Container.exit:type_name -> sampan.keeper.v1.Exit
 	18, // 8: sampan.keeper.v1.Event.exit:type_name -> sampan.keeper.v1.Exit
 	23, // 9: sampan.keeper.v1.ExecRequest.attach:type_name -> sampan.keeper.v1.AttachRequest
-	26, // 10: sampan.keeper.v1.ExecRequest.checkpoint:type_name -> sampan.keeper.v1.CheckpointRequest
-	27, // 11: sampan.keeper.v1.CheckpointRequest.targets:type_name -> sampan.keeper.v1.CheckpointTarget
+	27, // 10: sampan.keeper.v1.ExecRequest.checkpoint:type_name -> sampan.keeper.v1.CheckpointRequest
+	28, // 11: sampan.keeper.v1.CheckpointRequest.targets:type_name -> sampan.keeper.v1.CheckpointTarget
 	3,  // 12: sampan.keeper.v1.Keeper.Info:input_type -> sampan.keeper.v1.InfoRequest
 	5,  // 13: sampan.keeper.v1.Keeper.Create:input_type -> sampan.keeper.v1.CreateRequest
 	8,  // 14: sampan.keeper.v1.Keeper.Start:input_type -> sampan.keeper.v1.StartRequest
@@ -1991,7 +2070,7 @@ func file_keeper_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keeper_proto_rawDesc), len(file_keeper_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -72,6 +73,48 @@ func LoadHandover(fd int) (Handover, error) {
 		errs = append(errs, err)
 	}
 	return h, errors.Join(errs...)
+}
+
+// SaveHeld writes a list of descriptors, as they will be in the program that is
+// started with them, into a file in memory.
+func SaveHeld(held []HeldFD) (*os.File, error) {
+	data, err := json.Marshal(held)
+	if err != nil {
+		return nil, fmt.Errorf("list held files: %w", err)
+	}
+	fd, err := unix.MemfdCreate("sampan-held", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("list held files: memfd: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "held")
+	if _, err := f.WriteAt(data, 0); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("list held files: %w", err)
+	}
+	return f, nil
+}
+
+// LoadHeld reads what SaveHeld wrote, closes fd, and makes sure that no process
+// started from now on inherits anything.
+func LoadHeld(fd int) ([]HeldFD, error) {
+	f := os.NewFile(uintptr(fd), "held")
+	defer f.Close()
+	var held []HeldFD
+	data, err := io.ReadAll(io.NewSectionReader(f, 0, 1<<30))
+	if err == nil {
+		err = json.Unmarshal(data, &held)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read list of held files: %w", err)
+	}
+	for _, h := range held {
+		unix.CloseOnExec(h.FD)
+		// Starting a program with a file makes it block.
+		if err := unix.SetNonblock(h.FD, true); err != nil {
+			return nil, fmt.Errorf("take held file %s of %s: %w", h.Name, h.ID, err)
+		}
+	}
+	return held, nil
 }
 
 func (h Handover) fds() []int {

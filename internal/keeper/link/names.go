@@ -15,8 +15,15 @@ const ReadyAnswer = "ready"
 // ReadyFD is that descriptor.
 const ReadyFD = 3
 
+// HeldFD is the descriptor of a list of further descriptors that a keeper is
+// started with, from FirstHeldFD on; see SaveHeld.
+const (
+	HeldListFD  = 4
+	FirstHeldFD = 5
+)
+
 // SupervisorArgs are the arguments that make the keeper's binary a supervisor
 // that tells when it serves.
 func SupervisorArgs(dir, cgroup string) []string {
-	return []string{"supervisor", "--dir", dir, "--cgroup", cgroup, "--ready", "3"}
+	return []string{"supervisor", "--dir", dir, "--cgroup", cgroup, "--ready", "3", "--held", "4"}
 }

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 )
 
@@ -22,6 +23,7 @@ func WriteStatus(path string, p host.Process, status unix.WaitStatus) error {
 	if err != nil {
 		return fmt.Errorf("write status: %w", err)
 	}
+	fault.Point("supervisor.status-temporary")
 	return os.Rename(tmp, path)
 }
 

@@ -40,6 +40,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/internal/fault"
 )
 
 // Writer makes Logs that share memory. It is safe for use by several goroutines.
@@ -233,9 +235,11 @@ func (l *Log) commit(fd int, e entry, out, buf []byte) error {
 	if err := l.enter(fd, &e); err != nil {
 		return err
 	}
+	fault.Point("log.journaled")
 	if _, err := l.file.WriteAt(out, e.offset); err != nil {
 		return errors.Join(err, l.file.Truncate(e.offset))
 	}
+	fault.Point("log.written")
 	l.open = e.open
 	l.complained = false
 	return l.take(fd, e, buf)
@@ -250,6 +254,7 @@ func (l *Log) enter(fd int, e *entry) error {
 			return err
 		}
 	}
+	fault.Point("log.marked")
 	return l.journal.write(e)
 }
 
@@ -259,6 +264,7 @@ func (l *Log) enter(fd int, e *entry) error {
 func (l *Log) take(fd int, e entry, buf []byte) error {
 	for e.length > 0 {
 		n, err := consume(fd, e.length, buf)
+		fault.Point("log.consumed")
 		if err != nil || n == 0 || n == e.length {
 			return err
 		}

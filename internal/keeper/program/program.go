@@ -44,6 +44,7 @@ func Main(args []string, cfg Config) int {
 	cgroup := flags.String("cgroup", "", "the keeper's own `cgroup`")
 	ready := flags.Int("ready", -1, "the `descriptor` to answer on")
 	handover := flags.Int("handover", -1, "the `descriptor` of what a worker hands over")
+	held := flags.Int("held", -1, "the `descriptor` of a list of held files")
 	if err := flags.Parse(args[1:]); err != nil {
 		return 2
 	}
@@ -54,7 +55,7 @@ func Main(args []string, cfg Config) int {
 		err = fmt.Errorf("no --dir")
 	case args[0] == "supervisor":
 		debug.SetGCPercent(supervisorGC)
-		err = supervisor.Run(supervisor.Config{Dir: *dir, Cgroup: *cgroup, Ready: *ready, Handover: *handover, Log: log})
+		err = supervisor.Run(supervisor.Config{Dir: *dir, Cgroup: *cgroup, Ready: *ready, Handover: *handover, Held: *held, Log: log})
 	case args[0] == "worker":
 		debug.SetGCPercent(workerGC)
 		err = worker.Run(worker.Config{Dir: *dir, Cgroup: *cgroup, Runtime: cfg.Runtime, IdleTimeout: cfg.IdleTimeout, Log: log})

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper/link"
 )
@@ -41,6 +42,7 @@ type Config struct {
 	Cgroup   string // to run in, made and removed; "" for none
 	Ready    int    // where to write link.ReadyAnswer; -1 if nobody waits
 	Handover int    // from the worker that becomes this supervisor; -1 if there was none
+	Held     int    // list of files that were held for an earlier keeper; -1 if there is none
 	Log      *slog.Logger
 }
 
@@ -144,17 +146,38 @@ func (s *supervisor) setUp() error {
 	if err != nil {
 		return err
 	}
+	fault.Point("supervisor.locked")
+	if err := s.takeHeld(); err != nil {
+		return err
+	}
 	s.files[WorkerLock] = lock
 	if s.cfg.Cgroup != "" {
 		if err := enterCgroup(s.cfg.Cgroup); err != nil {
 			return err
 		}
 	}
+	fault.Point("supervisor.in-cgroup")
 	if s.files[WorkerListener], err = listen(lock, link.SocketName); err != nil {
 		return err
 	}
+	fault.Point("supervisor.listens")
 	s.files[WorkerExecListener], err = listen(lock, link.ExecSocketName)
 	return err
+}
+
+// takeHeld takes what the daemon has held of the containers of a keeper that died.
+func (s *supervisor) takeHeld() error {
+	if s.cfg.Held < 0 {
+		return nil
+	}
+	held, err := link.LoadHeld(s.cfg.Held)
+	if err != nil {
+		return err
+	}
+	for _, h := range held {
+		s.hold(h.ID, h.Name, os.NewFile(uintptr(h.FD), h.Name))
+	}
+	return nil
 }
 
 func (s *supervisor) takeOver() error {
@@ -321,10 +344,12 @@ func (s *supervisor) reap() (pause time.Duration, ended bool) {
 		default:
 			s.recent.add(pid, status)
 		}
+		fault.Point("supervisor.noted")
 		if err := host.Reap(host.Child(pid)); err != nil {
 			s.log.Error("reap", "pid", pid, "err", err)
 			return pause, ended
 		}
+		fault.Point("supervisor.reaped")
 	}
 }
 
@@ -377,7 +402,9 @@ func (s *supervisor) tellReady() {
 // locked: whoever starts a keeper there next makes a new one.
 func (s *supervisor) tearDown() error {
 	var errs []error
+	fault.Point("supervisor.leaves")
 	errs = append(errs, os.RemoveAll(s.cfg.Dir))
+	fault.Point("supervisor.directory-removed")
 	if s.cfg.Cgroup != "" {
 		errs = append(errs, leaveCgroup(s.cfg.Cgroup))
 	}

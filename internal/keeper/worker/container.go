@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/keeper/link"
@@ -132,6 +133,7 @@ func (c *container) make(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("create container %s: %w", c.id, err)
 	}
+	fault.Point("worker.log-open")
 	// The runtime's errors say what could not be done.
 	create := ociruntime.CreateRequest{Bundle: c.req.Bundle, Stdio: stdio.forProcess(c.req.Terminal)}
 	if from := c.req.Restore; from != nil {
@@ -141,6 +143,7 @@ func (c *container) make(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	fault.Point("worker.runtime-created")
 	if err := c.settle(started); err != nil {
 		return fmt.Errorf("create container %s: %w", c.id, err)
 	}
@@ -164,12 +167,14 @@ func (c *container) prepare(ctx context.Context) (s stdio, err error) {
 	if err != nil {
 		return s, err
 	}
+	fault.Point("worker.directory-made")
 	if err := state.Write(c.path(requestName), requestKind, c.req, state.Volatile); err != nil {
 		return s, err
 	}
 	if s, err = c.openStdio(); err != nil {
 		return s, err
 	}
+	fault.Point("worker.stdio-open")
 	return s, c.openLog()
 }
 
@@ -202,9 +207,11 @@ func (c *container) identify(pid int) (err error) {
 	if err := c.w.tell(c.watchMessage(), nil); err != nil {
 		return err
 	}
+	fault.Point("worker.watched")
 	if err := c.hold(processName, c.pidfd.File()); err != nil {
 		return err
 	}
+	fault.Point("worker.held")
 	c.createdAt = time.Now()
 	return state.Write(c.path(processName), processKind, processRecord{c.process, c.createdAt}, state.Volatile)
 }
@@ -355,6 +362,7 @@ func (c *container) start(ctx context.Context) (time.Time, error) {
 		return time.Time{}, fmt.Errorf("start container %s: %w", c.id, err)
 	}
 	err := c.rt.Start(ctx, c.name())
+	fault.Point("worker.runtime-started")
 	if errdefs.IsFailedPrecondition(err) && c.runs(ctx) {
 		err = nil // by a start that was cut off, and that seemed to have had no effect
 	}
@@ -429,9 +437,11 @@ func (c *container) delete(ctx context.Context) error {
 			return fmt.Errorf("delete container %s: its process does not die: %w", c.id, errdefs.ErrUnavailable)
 		}
 	}
+	fault.Point("worker.killed")
 	if err := c.remove(ctx); err != nil {
 		return err
 	}
+	fault.Point("worker.deleted")
 	c.mu.Lock()
 	c.deleted = true
 	c.mu.Unlock()
@@ -453,6 +463,7 @@ func (c *container) remove(ctx context.Context) error {
 			return err
 		}
 	}
+	fault.Point("worker.runtime-deleted")
 	if c.output != nil {
 		c.output.Close()
 	}
@@ -461,6 +472,7 @@ func (c *container) remove(ctx context.Context) error {
 		host.Reap(c.pidfd.Child())
 	}
 	c.letGo()
+	fault.Point("worker.let-go")
 	if err := removeDir(c.dir); err != nil {
 		return fmt.Errorf("remove container %s: %w", c.id, err)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/keeper/api"
@@ -72,10 +73,12 @@ func (x *execution) run() error {
 			f.Close()
 		}
 	}()
-	if x.req.Attach != nil {
+	switch {
+	case x.req.Attach != nil:
 		return x.attach()
-	}
-	if x.req.Checkpoint != nil {
+	case x.req.Hold:
+		return x.hold()
+	case x.req.Checkpoint != nil:
 		return x.checkpoint()
 	}
 	if len(x.req.Args) == 0 {
@@ -183,11 +186,13 @@ func (x *execution) attend(ctx context.Context, started ociruntime.Started) erro
 	if started.Console != nil {
 		defer started.Console.Close()
 	}
+	fault.Point("worker.exec-started")
 	e := execProcess{c: x.c, statusPath: x.c.path(fmt.Sprintf("exec-%d", started.Pid))}
 	if err := e.identify(started); err != nil {
 		return fmt.Errorf("exec in container %s: %w", x.c.id, err)
 	}
 	defer e.forget()
+	fault.Point("worker.exec-watched")
 	if started.Console != nil {
 		// An error means that the caller is gone, which ends the wait below.
 		api.SendFrame(x.conn, &api.ExecReply{Pid: int64(started.Pid)}, started.Console)
@@ -201,6 +206,7 @@ func (x *execution) attend(ctx context.Context, started ociruntime.Started) erro
 	if !ok {
 		code = keeper.UnknownExitCode
 	}
+	fault.Point("worker.exec-ended")
 	return api.SendFrame(x.conn, &api.ExecReply{Exited: true, ExitCode: code, TimedOut: timedOut})
 }
 

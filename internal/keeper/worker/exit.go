@@ -7,6 +7,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/keeper/api"
@@ -34,10 +35,12 @@ const (
 func (c *container) await() {
 	if c.exit == nil {
 		exit := c.waitExit()
+		fault.Point("worker.exit-seen")
 		c.stopLeftovers()
 		exit.OOMKills = c.oomKills()
 		exit.OOMKilled = exit.OOMKills > 0 && exit.Code != 0
 		drained := c.drain()
+		fault.Point("worker.drained")
 		c.attached.end()
 		recorded := c.record(exit)
 		c.mu.Lock()
@@ -45,12 +48,14 @@ func (c *container) await() {
 		c.mu.Unlock()
 		close(c.exited)
 		c.w.publish(c, exit)
+		fault.Point("worker.published")
 		if !recorded {
 			c.keepRecording(exit)
 		}
 		if c.pidfd != nil {
 			host.Reap(c.pidfd.Child())
 		}
+		fault.Point("worker.reaped")
 		if drained {
 			c.letGo()
 		}

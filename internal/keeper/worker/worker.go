@@ -28,6 +28,7 @@ import (
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/keeper/api"
@@ -93,6 +94,7 @@ func Run(cfg Config) error {
 	if w.writer, err = logs.NewWriter(cfg.Dir, w.log); err != nil {
 		return err
 	}
+	fault.Point("worker.took-over")
 	go w.watchSupervisor()
 	if err := w.adopt(); err != nil {
 		return err
@@ -212,6 +214,7 @@ func (w *worker) serve() error {
 	failed := make(chan error, 2)
 	go func() { failed <- server.Serve(context.Background(), calls) }()
 	go func() { failed <- w.serveExecs(execs) }()
+	fault.Point("worker.adopted")
 	if err := w.tell(link.Message{Op: link.Serving}, nil); err != nil {
 		w.log.Error("tell supervisor", "err", err)
 	}
@@ -330,6 +333,7 @@ func (w *worker) orPromote(err error) error {
 	if err != nil {
 		return err
 	}
+	fault.Point("worker.handed-over")
 	return syscall.Exec("/proc/self/exe", []string{
 		os.Args[0], "supervisor", "--dir", w.cfg.Dir, "--cgroup", w.cfg.Cgroup, "--handover", strconv.Itoa(fd),
 	}, os.Environ())

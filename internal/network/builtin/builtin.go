@@ -20,6 +20,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/network"
 	"sampan.dev/sampan/internal/state"
@@ -353,9 +354,11 @@ func (n *Network) remove(r *record) error {
 	if err := errors.Join(n.host.cut(r), n.host.unplug(r)); err != nil {
 		return err
 	}
+	fault.Point("network.unplugged")
 	if err := n.shelf.forget(r.Pod); err != nil {
 		return err
 	}
+	fault.Point("network.forgotten")
 	n.release(r)
 	return nil
 }
@@ -386,6 +389,7 @@ func (n *Network) leave(r *record) error {
 	left := *r
 	left.Leaving = true
 	cutErr := n.host.cut(r)
+	fault.Point("network.cut")
 	if cutErr == nil {
 		left.Ports = nil // free for others
 	}
@@ -464,9 +468,11 @@ func (n *Network) prepareHost(l layout, pods []*record) (*setUp, error) {
 	if err := n.host.prepare(l); err != nil {
 		return nil, err
 	}
+	fault.Point("network.host-prepared")
 	if err := n.host.firewall.rebuild(l, pods); err != nil {
 		return nil, err
 	}
+	fault.Point("network.firewall-built")
 	n.warnOfBlockers()
 	return &setUp{layout: l, mtu: n.host.mtu()}, nil
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/network"
 )
@@ -35,21 +36,25 @@ func (h *hostSide) plug(ctx context.Context, pod *record, netns string, mtu uint
 	if err != nil {
 		return err
 	}
+	fault.Point("network.link-made")
 	if err := host.InNetNS(netns, func() error { return setUpPodSide(pod, int32(ends.peer)) }); err != nil {
 		return fmt.Errorf("set up %s in the pod: %w", podLink, err)
 	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	fault.Point("network.pod-side-up")
 	if err := h.setUpHostSide(pod, ends.index); err != nil {
 		return err
 	}
+	fault.Point("network.host-side-up")
 	if len(pod.Ports) == 0 {
 		return nil
 	}
 	if err := h.firewall.open(pod); err != nil {
 		return err
 	}
+	fault.Point("network.ports-open")
 	return h.forgetConnections(pod)
 }
 
@@ -133,6 +138,7 @@ func (h *hostSide) cut(pod *record) error {
 		requests = append(requests, delRoute(route{dst: single(ip.Addr)}))
 	}
 	err := h.rt.do(requests...)
+	fault.Point("network.routes-cut")
 	if len(pod.Ports) == 0 {
 		return err
 	}

@@ -23,6 +23,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/network"
 	"sampan.dev/sampan/internal/state"
@@ -278,6 +279,7 @@ func (n *Network) add(ctx context.Context, r *record) (*record, error) {
 	if err != nil {
 		return nil, err
 	}
+	fault.Point("cni.added")
 	added := *r
 	if added.Result, err = json.Marshal(result); err != nil {
 		return nil, fmt.Errorf("encode result: %w", err)
@@ -341,6 +343,7 @@ func (n *Network) leave(ctx context.Context, r *record) error {
 		r = &left
 	}
 	err := n.del(ctx, r)
+	fault.Point("cni.deleted")
 	if err == nil {
 		err = n.forget(r.Pod)
 	}

@@ -26,6 +26,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/ociruntime"
 	"sampan.dev/sampan/internal/state"
@@ -246,6 +247,7 @@ var hierarchies = sync.OnceValues(func() (map[string]string, error) {
 
 // carryOut creates, and records each step before or as soon as it is done.
 func (r *runtime) carryOut(ctx context.Context, c ociruntime.Container, u undo, req ociruntime.CreateRequest, spec *specs.Spec) (ociruntime.Started, error) {
+	fault.Point("runtime.directory-made")
 	if err := state.Write(filepath.Join(c.StateDir, undoName), undoKind, u, state.Volatile); err != nil {
 		return ociruntime.Started{}, err
 	}
@@ -263,6 +265,7 @@ func (r *runtime) carryOut(ctx context.Context, c ociruntime.Container, u undo, 
 	case err != nil:
 		return ociruntime.Started{}, err
 	}
+	fault.Point("runtime.process-made")
 	err = context.Cause(ctx)
 	if err == nil {
 		err = recordFirst(c, started.Pid)
@@ -350,6 +353,7 @@ func (r *runtime) start(ctx context.Context, c ociruntime.Container) error {
 	if err := r.letGo(ctx, c, first); err != nil {
 		return err
 	}
+	fault.Point("runtime.started")
 	return os.WriteFile(filepath.Join(c.StateDir, startedName), nil, 0o600)
 }
 
@@ -564,14 +568,17 @@ func (r *runtime) delete(ctx context.Context, c ociruntime.Container) error {
 	if err := awaitEnd(ctx, c); err != nil {
 		return err
 	}
+	fault.Point("runtime.processes-dead")
 	if err := r.driver.Destroy(ctx, c); err != nil {
 		// What the driver could not do is not worth a container that cannot be
 		// deleted: no process is left to use it.
 		r.log.Warn("the runtime could not destroy a container", "op", "delete", "container", c.ID, "err", err)
 	}
+	fault.Point("runtime.destroyed")
 	if err := u.Cgroup.Remove(ctx); err != nil {
 		return err
 	}
+	fault.Point("runtime.cgroup-removed")
 	return os.RemoveAll(c.StateDir)
 }
 
