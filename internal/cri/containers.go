@@ -1,7 +1,6 @@
 package cri
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -107,8 +106,12 @@ func (s *runtimeService) ContainerStatus(_ context.Context, r *runtimeapi.Contai
 	}
 	resp := &runtimeapi.ContainerStatusResponse{Status: containerStatus(p, st)}
 	if r.GetVerbose() {
+		oci, err := s.cfg.Pods.RuntimeSpec(st.ID)
+		if err != nil {
+			return nil, err
+		}
 		info, err := json.Marshal(map[string]any{
-			"sandboxID": st.PodID, "pid": st.Process.Pid, "config": st.Config, "exit": st.Exit,
+			"sandboxID": st.PodID, "pid": st.Process.Pid, "config": st.Config, "exit": st.Exit, "runtimeSpec": oci,
 		})
 		if err != nil {
 			return nil, err
@@ -195,7 +198,7 @@ func mounts(st pod.ContainerStatus) []*runtimeapi.Mount {
 	all = slices.Clone(all)
 	for i, image := range st.MountImages {
 		all[i] = proto.CloneOf(all[i])
-		all[i].Image.ImageRef = cmp.Or(image.Digest, image.ID)
+		all[i].Image.ImageRef = image.ID
 	}
 	return all
 }

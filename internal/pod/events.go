@@ -48,8 +48,9 @@ type events struct {
 	ended       bool
 }
 
-// Subscription is one listener's queue of events, from the Subscribe on. Who
-// lists after subscribing misses nothing.
+// Subscription is one listener's queue of events, from the Subscribe on, after the
+// exits that there have been: a listener that was away, as this process may have
+// been, cannot know of them. Who lists after subscribing misses nothing.
 //
 // A listener who is too slow for the queue gets, instead of what did not fit,
 // the deletions among it and then for each pod and container that there is the
@@ -71,6 +72,11 @@ func (s *Pods) Subscribe() *Subscription {
 		s.events.subscribers = make(map[*Subscription]struct{})
 	}
 	s.events.subscribers[sub] = struct{}{}
+	for _, e := range s.lastEvents() {
+		if e.Kind == EventStopped && e.ID != e.Pod.ID {
+			sub.put(e)
+		}
+	}
 	if s.events.ended {
 		sub.wakeUp()
 	}

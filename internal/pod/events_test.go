@@ -80,6 +80,50 @@ func TestEventsOfALife(t *testing.T) {
 	}
 }
 
+// TestExitsBeforeSubscribe: who listens from now on hears of the exits before,
+// those that this process has not seen among them.
+func TestExitsBeforeSubscribe(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	id := must[string](t)
+	p := id(s.Run(t.Context(), podNamed("a"), ""))
+	names := map[string]string{p: "pod"}
+	for _, name := range []string{"before", "meanwhile", "running"} {
+		c := id(s.CreateContainer(t.Context(), p, containerNamed(name)))
+		names[c] = name
+		if err := s.StartContainer(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exit := func(name string) {
+		for c, n := range names {
+			if n == name {
+				l.keeper.exit(c, keeper.Exit{Code: 3, FinishedAt: time.Now()})
+			}
+		}
+	}
+	exit("before")
+	sub := s.Subscribe()
+	for collect(t, sub, names, 1)[0][:len("before stopped")] != "before stopped" {
+	}
+	sub.Close()
+	s.Close()
+	exit("meanwhile")
+	s = l.start()
+	sub = s.Subscribe()
+	defer sub.Close()
+	got := collect(t, sub, names, 2)
+	slices.Sort(got)
+	for i, want := range []string{"before stopped", "meanwhile stopped"} {
+		if got[i][:len(want)] != want {
+			t.Errorf("event %d: %s, want %s", i, got[i], want)
+		}
+	}
+	if err := s.Remove(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A force removal tells the end before the deletion; what failed to be made is
 // never heard of.
 func TestEventsOfShortLives(t *testing.T) {

@@ -19,8 +19,7 @@ import (
 
 // MountImage is the image that is mounted in a container as a volume.
 type MountImage struct {
-	ID     string `json:"id"`
-	Digest string `json:"digest,omitempty"` // name@digest
+	ID string `json:"id"`
 }
 
 // imagesToMount finds the images that a container wants as volumes. What it finds
@@ -40,9 +39,6 @@ func (s *Pods) imagesToMount(config *runtimeapi.ContainerConfig) (map[int]MountI
 			found = make(map[int]MountImage)
 		}
 		found[i] = MountImage{ID: image.ID}
-		if len(image.RepoDigests) > 0 {
-			found[i] = MountImage{image.ID, image.RepoDigests[0]}
-		}
 	}
 	return found, nil
 }

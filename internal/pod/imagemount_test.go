@@ -43,7 +43,7 @@ func TestImageVolume(t *testing.T) {
 	if got := l.images.holders[c]; !slices.Equal(got, []string{"sha256:1", "sha256:data"}) {
 		t.Errorf("after a restart it keeps the images %v", got)
 	}
-	want := map[int]MountImage{1: {"sha256:data", "busybox@sha256:2"}}
+	want := map[int]MountImage{1: {"sha256:data"}}
 	if st, err := s.GetContainer(c); err != nil || len(st.MountImages) != 1 || st.MountImages[1] != want[1] {
 		t.Errorf("status: %v, %v, want %v", st.MountImages, err, want)
 	}

@@ -82,6 +82,20 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	return oci, writeBundle(s.paths.bundle(c.ID), oci)
 }
 
+// RuntimeSpec returns the OCI spec that a container's runtime was given, as JSON;
+// null if there is none any more, as after a reboot.
+func (s *Pods) RuntimeSpec(id string) (json.RawMessage, error) {
+	c, err := s.container(id)
+	if err != nil {
+		return nil, err
+	}
+	data, err := os.ReadFile(filepath.Join(s.paths.bundle(c.ID), "config.json"))
+	if errors.Is(err, os.ErrNotExist) {
+		return json.RawMessage("null"), nil
+	}
+	return data, err
+}
+
 func writeBundle(dir string, oci *specs.Spec) error {
 	data, err := json.Marshal(oci)
 	if err != nil {

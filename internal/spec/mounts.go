@@ -154,9 +154,9 @@ func ownMount(in Input, i int, m *runtimeapi.Mount) (specs.Mount, error) {
 	}
 	options := []string{"rbind", propagation, access}
 	if m.GetImage() != nil {
-		// Kubernetes promises noexec; what is mounted is data, from anywhere. The
-		// container's own options come later and can say exec.
-		options = append(options, "nosuid", "nodev", "noexec")
+		// What is mounted may come from anywhere. The container's own options come
+		// later.
+		options = append(options, "nosuid", "nodev")
 	}
 	mount := specs.Mount{
 		Destination: m.GetContainerPath(),

@@ -14,6 +14,50 @@ import (
 	"sampan.dev/sampan/test/lab"
 )
 
+// TestMissedExits: what exits while nobody listens, and while there is no daemon,
+// is told to whoever listens next.
+func TestMissedExits(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	image := l.Pull(t, "busybox")
+	pod := l.PodConfig("quick")
+	podID := l.RunPod(t, pod)
+	start := func(name, script string) string {
+		id := l.CreateContainer(t, podID, pod, l.ContainerConfig(name, image, "sh", "-c", script))
+		l.StartContainer(t, id)
+		return id
+	}
+	early := start("early", "exit 3")
+	l.AwaitExit(t, early, 10*time.Second)
+	late := start("late", "sleep 1; exit 4")
+	l.Kill(t)
+	time.Sleep(2 * time.Second)
+	l.Start(t)
+
+	ctx, cancel := context.WithTimeout(t.Context(), lab.Wait)
+	defer cancel()
+	events, err := l.Runtime.GetContainerEvents(ctx, &runtimeapi.GetEventsRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]int32{early: 3, late: 4}
+	for len(want) > 0 {
+		e, err := events.Recv()
+		if err != nil {
+			t.Fatalf("%d exits were not told: %v", len(want), err)
+		}
+		if e.ContainerEventType != runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT {
+			continue
+		}
+		for _, st := range e.ContainersStatuses {
+			if code, ok := want[e.ContainerId]; ok && st.Id == e.ContainerId && st.ExitCode != code {
+				t.Errorf("%s: exit code %d, want %d", st.Metadata.Name, st.ExitCode, code)
+			}
+		}
+		delete(want, e.ContainerId)
+	}
+	l.RemovePod(t, podID)
+}
+
 // TestStalledEvents has a client that asks for events and does not read them. Pods
 // come and go all the same, and in the end the client knows what there is. A
 // client that waits for events does not keep the daemon from ending.
