@@ -68,6 +68,8 @@ type container struct {
 	// be: then failure says why. Until then only its maker touches what follows.
 	ready   chan struct{}
 	failure error
+	abandon context.CancelFunc // ends its creation; of no effect later
+	making  context.Context
 
 	req       keeper.CreateRequest
 	rt        ociruntime.Runtime
@@ -93,7 +95,9 @@ type container struct {
 }
 
 func (w *worker) newContainer(id string) *container {
+	making, abandon := context.WithCancel(context.Background())
 	return &container{
+		making: making, abandon: abandon,
 		w: w, id: id, dir: filepath.Join(w.cfg.Dir, containersDir, id),
 		log:   w.log.With("container", id),
 		ready: make(chan struct{}), exited: make(chan struct{}),
@@ -110,12 +114,15 @@ func (c *container) name() ociruntime.Container {
 
 // create makes the container and, on error, unmakes it.
 func (c *container) create(req keeper.CreateRequest) {
-	ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
+	ctx, cancel := context.WithTimeout(c.making, opTimeout)
 	defer cancel()
 	c.req = req
 	err := c.make(ctx)
+	c.abandon()
 	if err != nil {
-		if rerr := c.remove(ctx); rerr != nil {
+		undo, cancel := context.WithTimeout(context.Background(), opTimeout)
+		defer cancel()
+		if rerr := c.remove(undo); rerr != nil {
 			c.log.Error("undo create", "err", rerr)
 		}
 		c.failure = err

@@ -144,6 +144,7 @@ func (s *service) Delete(ctx context.Context, r *api.DeleteRequest) (*api.Empty,
 	if !ok {
 		return &api.Empty{}, nil
 	}
+	c.abandon() // nobody waits for what is to be deleted
 	select {
 	case <-c.ready:
 		op, cancel := detached(ctx)

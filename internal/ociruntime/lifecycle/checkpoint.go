@@ -31,7 +31,7 @@ func (r *runtime) pause(ctx context.Context, c ociruntime.Container) error {
 	if status != ociruntime.Running {
 		return notIn(status)
 	}
-	u, err := readUndo(c)
+	u, err := r.readUndo(c)
 	if err != nil {
 		return err
 	}
@@ -39,7 +39,7 @@ func (r *runtime) pause(ctx context.Context, c ociruntime.Container) error {
 }
 
 func (r *runtime) Resume(_ context.Context, c ociruntime.Container) error {
-	u, err := readUndo(c)
+	u, err := r.readUndo(c)
 	if err == nil {
 		err = u.Cgroup.Thaw()
 	}
@@ -69,7 +69,7 @@ func (r *runtime) checkpoint(ctx context.Context, c ociruntime.Container, bundle
 	if status != ociruntime.Running {
 		return notIn(status)
 	}
-	u, err := readUndo(c)
+	u, err := r.readUndo(c)
 	if err != nil {
 		return err
 	}
@@ -175,7 +175,7 @@ func (r *runtime) letGo(ctx context.Context, c ociruntime.Container, first host.
 	if !isRestored(c) {
 		return r.driver.Start(ctx, c, first)
 	}
-	u, err := readUndo(c)
+	u, err := r.readUndo(c)
 	if err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -394,14 +395,27 @@ func readFirst(c ociruntime.Container) (host.Process, error) {
 	return first, err
 }
 
-// readUndo is like readFirst, but finds half-made containers too.
-func readUndo(c ociruntime.Container) (undo, error) {
+// readUndo is like readFirst, but finds half-made containers too. If the record is
+// damaged, what can be learned of the first process has to do.
+func (r *runtime) readUndo(c ociruntime.Container) (undo, error) {
 	var u undo
 	err := state.Read(filepath.Join(c.StateDir, undoName), undoKind, &u)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && u.Boot != host.BootID() {
 		return undo{}, fmt.Errorf("no such container: %w", errdefs.ErrNotFound)
 	}
-	return u, err
+	if !errors.Is(err, state.ErrDamaged) {
+		return u, err
+	}
+	r.log.Warn("a record of a container is damaged; its first process tells where the others are", "container", c.ID, "err", err)
+	u = undo{Boot: host.BootID()}
+	if first, err := readFirst(c); err == nil && first.Alive() {
+		if u.Cgroup, err = host.CgroupOf(first.Pid); err != nil {
+			return undo{}, err
+		}
+		// It may have moved elsewhere, where others are.
+		maps.DeleteFunc(u.Cgroup, func(_, dir string) bool { return !strings.Contains(filepath.Base(dir), c.ID) })
+	}
+	return u, nil
 }
 
 func (r *runtime) Exec(ctx context.Context, c ociruntime.Container, req ociruntime.ExecRequest) (ociruntime.Started, error) {
@@ -456,22 +470,23 @@ func isAlive(c ociruntime.Container) bool {
 }
 
 func (r *runtime) Signal(_ context.Context, c ociruntime.Container, sig unix.Signal, all bool) error {
-	if err := signal(c, sig, all); err != nil {
+	if err := r.signal(c, sig, all); err != nil {
 		return fmt.Errorf("signal container %s: %w", c.ID, err)
 	}
 	return nil
 }
 
-func signal(c ociruntime.Container, sig unix.Signal, all bool) error {
+func (r *runtime) signal(c ociruntime.Container, sig unix.Signal, all bool) error {
 	first, err := readFirst(c)
+	damaged := errors.Is(err, state.ErrDamaged)
+	if err != nil && !damaged {
+		return err
+	}
+	u, err := r.readUndo(c)
 	if err != nil {
 		return err
 	}
-	u, err := readUndo(c)
-	if err != nil {
-		return err
-	}
-	if all {
+	if all || damaged {
 		_, err := u.Cgroup.Signal(sig)
 		return err
 	}
@@ -515,7 +530,7 @@ func (r *runtime) update(ctx context.Context, c ociruntime.Container, resources 
 }
 
 func (r *runtime) Pids(_ context.Context, c ociruntime.Container) ([]int, error) {
-	u, err := readUndo(c)
+	u, err := r.readUndo(c)
 	if err != nil {
 		return nil, fmt.Errorf("list processes of container %s: %w", c.ID, err)
 	}
@@ -534,7 +549,7 @@ func (r *runtime) State(ctx context.Context, c ociruntime.Container) (ociruntime
 }
 
 func (r *runtime) OOMKills(c ociruntime.Container) (uint64, error) {
-	u, err := readUndo(c)
+	u, err := r.readUndo(c)
 	if err != nil {
 		return 0, fmt.Errorf("container %s: %w", c.ID, err)
 	}
@@ -554,7 +569,7 @@ func (r *runtime) Delete(ctx context.Context, c ociruntime.Container) error {
 
 // delete is the one undo, for containers in any condition.
 func (r *runtime) delete(ctx context.Context, c ociruntime.Container) error {
-	u, err := readUndo(c)
+	u, err := r.readUndo(c)
 	if errdefs.IsNotFound(err) {
 		// Nothing was made yet, or a reboot has taken it all.
 		return os.RemoveAll(c.StateDir)
@@ -569,7 +584,7 @@ func (r *runtime) delete(ctx context.Context, c ociruntime.Container) error {
 		return err
 	}
 	fault.Point("runtime.processes-dead")
-	if err := r.driver.Destroy(ctx, c); err != nil {
+	if err := r.destroy(ctx, c); err != nil {
 		// What the driver could not do is not worth a container that cannot be
 		// deleted: no process is left to use it.
 		r.log.Warn("the runtime could not destroy a container", "op", "delete", "container", c.ID, "err", err)
@@ -582,11 +597,21 @@ func (r *runtime) delete(ctx context.Context, c ociruntime.Container) error {
 	return os.RemoveAll(c.StateDir)
 }
 
+// destroyTimeout bounds what the driver may take to clean up. No process is left
+// by then, so whatever takes longer hangs.
+const destroyTimeout = 10 * time.Second
+
+func (r *runtime) destroy(ctx context.Context, c ociruntime.Container) error {
+	ctx, cancel := context.WithTimeout(ctx, destroyTimeout)
+	defer cancel()
+	return r.driver.Destroy(ctx, c)
+}
+
 // awaitEnd waits until the first process is a zombie or gone. It left the cgroup
 // a little earlier.
 func awaitEnd(ctx context.Context, c ociruntime.Container) error {
 	first, err := readFirst(c)
-	if errdefs.IsNotFound(err) {
+	if errdefs.IsNotFound(err) || errors.Is(err, state.ErrDamaged) { // whatever it was, it has been killed
 		return nil
 	}
 	if err != nil {
