@@ -443,14 +443,7 @@ func (r *runtime) exec(ctx context.Context, c ociruntime.Container, req ocirunti
 	case ctx.Err() != nil:
 		return ociruntime.Started{}, context.Cause(ctx)
 	}
-	uids, gids, err := host.IDsOf(first.Pid)
-	if err != nil {
-		return ociruntime.Started{}, err
-	}
-	if err := give(req.Stdio, req.Process.User, uids, gids); err != nil {
-		return ociruntime.Started{}, err
-	}
-	started, err := r.driver.Exec(ctx, c, first, req.Process, req.Stdio)
+	started, err := r.execIn(ctx, c, first, req)
 	if err != nil {
 		if !isAlive(c) { // it ended under the exec: say so instead of what broke
 			err = fmt.Errorf("%w: %w", errdefs.ErrFailedPrecondition, err)
@@ -461,6 +454,18 @@ func (r *runtime) exec(ctx context.Context, c ociruntime.Container, req ocirunti
 		return ociruntime.Started{}, errors.Join(context.Cause(ctx), Discard(started))
 	}
 	return started, nil
+}
+
+// execIn runs a process beside the first one.
+func (r *runtime) execIn(ctx context.Context, c ociruntime.Container, first host.Process, req ociruntime.ExecRequest) (ociruntime.Started, error) {
+	uids, gids, err := host.IDsOf(first.Pid)
+	if err != nil {
+		return ociruntime.Started{}, err
+	}
+	if err := give(req.Stdio, req.Process.User, uids, gids); err != nil {
+		return ociruntime.Started{}, err
+	}
+	return r.driver.Exec(ctx, c, first, req.Process, req.Stdio)
 }
 
 // isAlive reports whether the container's first process is alive.
