@@ -8,6 +8,7 @@
 # make fuzz         every fuzz target for FUZZTIME (30s)
 # make bench        measure Sampan; ARGS="--only pods,exec" goes to sampan bench
 # make bench-compare  measure Sampan and Debian's containerd in turn, and write it to docs/
+# make conformance-repeat N=10   the same N times in a row; fails if any run does
 # make check        formatting, vet, staticcheck
 # make generate     write the generated Go code anew (needs protoc)
 
@@ -123,6 +124,11 @@ bench-compare: build
 	@mkdir -p .cache/bench
 	$(BENCH) SAMPAN_BENCH=compare go test -count 1 -timeout 120m -v -run TestCompare ./test/bench
 	scripts/bench-docs .cache/bench/compare
+
+.PHONY: conformance-repeat
+N ?= 10
+conformance-repeat: build
+	SAMPAN_CONFORMANCE=all SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count $(N) -timeout 12h -v ./test/conformance
 
 .PHONY: check
 check: .cache/bin/staticcheck

@@ -183,7 +183,8 @@ type Checkpoint struct {
 // ExecRequest says what to execute.
 type ExecRequest struct {
 	// Process is complete: nothing is taken over from the container's first
-	// process. If Terminal is set it gets a pty of ConsoleSize.
+	// process. If Terminal is set it gets a pty, whose ConsoleSize some runtimes set
+	// only when the process is executing already.
 	Process *specs.Process
 
 	// Stdio of the process, unused with Process.Terminal.

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 
+	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/test/lab"
 )
 
@@ -37,7 +38,7 @@ var groups = []string{
 }
 
 func TestBuiltin(t *testing.T) {
-	run(t, "", append(slices.Clone(groups), readonly, userNamespaces), lab.Options{})
+	run(t, "", append(everywhere(), readonly, userNamespaces), lab.Options{})
 }
 
 // The specs that a handler passes only if it says that it can.
@@ -56,7 +57,7 @@ func TestRunc(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: install runc", err)
 	}
-	run(t, "runc", append(slices.Clone(groups), readonly), lab.Options{Config: fmt.Sprintf("[handlers.runc]\npath = %q\n", runc)})
+	run(t, "runc", append(everywhere(), readonly), lab.Options{Config: fmt.Sprintf("[handlers.runc]\npath = %q\n", runc)})
 }
 
 // TestRuncOfToday runs the specs that Debian's runc is too old for.
@@ -73,13 +74,38 @@ func TestCrun(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: install crun", err)
 	}
-	required := append(slices.Clone(groups), readonly)
+	required := append(everywhere(), readonly)
 	if said, err := exec.Command(crun, "features").CombinedOutput(); err != nil {
 		t.Logf("crun features: %v: %s: specs of what it would have to say are not required", err, bytes.TrimSpace(said))
-		required = groups
+		required = everywhere()
 	}
 	lab.HideUnified(t) // crun before 1.9 refuses v2 with controllers beside v1
 	run(t, "crun", required, lab.Options{Config: fmt.Sprintf("[handlers.crun]\npath = %q\n", crun)})
+}
+
+// everywhere are the specs that every handler must pass on this host.
+func everywhere() []string {
+	list := slices.Clone(groups)
+	if host.HasAppArmor() {
+		list = append(list, `AppArmor`)
+	}
+	return list
+}
+
+// withSudo returns an environment in which there is a sudo: critest loads AppArmor
+// profiles with it, also as root.
+func withSudo(t *testing.T, dir string, env []string) []string {
+	if _, err := exec.LookPath("sudo"); err == nil {
+		return env
+	}
+	bin := filepath.Join(dir, "bin")
+	if err := os.MkdirAll(bin, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(bin, "sudo"), []byte("#!/bin/sh\nexec \"$@\"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return append(env, "PATH="+bin+":"+os.Getenv("PATH"))
 }
 
 // nodes is how many critest processes work side by side: their specs mostly sleep.
@@ -112,7 +138,7 @@ func run(t *testing.T, handler string, groups []string, o lab.Options, flags ...
 		"-runtime-endpoint=unix://"+l.Socket, "-image-endpoint=unix://"+l.Socket, "-runtime-handler="+handler, "-config="+filepath.Join(l.Dir, "none.yaml"))
 	args = append(args, flags...)
 	cmd := exec.Command(ginkgo, args...)
-	cmd.Env, cmd.Dir = l.Env(), l.Dir
+	cmd.Env, cmd.Dir = withSudo(t, l.Dir, l.Env()), l.Dir
 	output, runErr := cmd.CombinedOutput() // the report tells what failed
 	specs, err := readReport(filepath.Join(l.Dir, "report.json"))
 	if err != nil {
