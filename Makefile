@@ -4,6 +4,8 @@
 # make test         install what the tests need, and run them all
 # make crash        kill Sampan a thousand times and look whether anything is lost
 # make conformance  all of critest, not only what `make test` takes of it
+# make fault        a host, runtimes and containers that do not do their part
+# make soak         a busy node for DURATION (1h): nothing may grow
 # make abuse        random requests, escapes, thousands of clients: more than `make test` has time for
 # make fuzz         every fuzz target for FUZZTIME (30s)
 # make bench        measure Sampan; ARGS="--only pods,exec" goes to sampan bench
@@ -22,7 +24,7 @@ GO_BUILD := go build -trimpath -buildvcs=false
 KEEPER_TAGS := netgo,osusergo,seccomp,static_build
 # NRI plugins are programs; without those in WebAssembly the daemon is smaller.
 DAEMON_TAGS := nri_no_wasm
-SUITES := ./test/quickstart ./test/e2e ./test/conformance ./test/abuse ./test/fault
+SUITES := ./test/quickstart ./test/e2e ./test/conformance ./test/abuse ./test/fault ./test/soak
 PACKAGES = $(filter-out $(SUITES:./%=sampan.dev/sampan/%),$(shell go list ./...))
 
 .PHONY: all build deps
@@ -101,7 +103,15 @@ conformance:
 	$(MAKE) build
 	SAMPAN_CONFORMANCE=all SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -timeout 60m -v ./test/conformance
 
-.PHONY: abuse fuzz
+.PHONY: abuse fault soak fuzz
+fault:
+	@scripts/install-deps test
+	$(MAKE) build
+	SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 3 -timeout 30m -v ./test/fault
+soak:
+	@scripts/install-deps test
+	$(MAKE) build
+	SAMPAN_SOAK=$(or $(DURATION),1h) SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -timeout 0 -v ./test/soak
 abuse:
 	@scripts/install-deps test
 	$(MAKE) build
