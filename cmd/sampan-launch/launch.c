@@ -1085,16 +1085,21 @@ static long do_procfs(const struct step *s)
 	return 0;
 }
 
-/* do_fifo waits until somebody opens the other end of the FIFO, which is Start. */
+/* do_fifo waits until somebody opens the other end of the FIFO, which is Start. That
+   somebody may die at once: so this process is a reader too before it writes, lest
+   SIGPIPE end it. */
 static long do_fifo(const struct step *s)
 {
-	long fd;
+	long fd, reader;
 
 	(void)s;
 	close_fd(CONTROL); /* created */
 	fd = sys(__NR_openat, PROCFS_FD, "self/fd/" STRING(FIFO_FD), O_WRONLY | O_CLOEXEC, 0);
 	TRY(fd, "open exec fifo");
+	reader = sys(__NR_openat, PROCFS_FD, "self/fd/" STRING(FIFO_FD), O_RDONLY | O_NONBLOCK | O_CLOEXEC, 0);
+	TRY(reader, "open exec fifo");
 	TRY(sys(__NR_write, fd, "0", 1), "write exec fifo");
+	close_fd((int)reader);
 	close_fd((int)fd);
 	return 0;
 }

@@ -71,7 +71,7 @@ func TestPoints(t *testing.T) {
 				shots = r.named(t)
 			} else if !*long {
 				rng.Shuffle(len(shots), func(i, j int) { shots[i], shots[j] = shots[j], shots[i] })
-				shots = shots[:min(len(shots), 14)]
+				shots = shots[:min(len(shots), h.short)]
 			}
 			r.shoot(t, shots)
 		})

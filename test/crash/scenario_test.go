@@ -24,18 +24,19 @@ type scenario struct {
 type house struct {
 	name      string
 	options   lab.Options
+	short     int // how many kills the short form makes
 	scenarios []scenario
 }
 
 func houses(t *testing.T) []house {
 	return []house{
-		{"node", lab.Options{}, []scenario{
+		{"node", lab.Options{}, 30, []scenario{
 			{"life", life}, {"shared", sharedPID}, {"adopted", adopted}, {"restart", restart}, {"subnets", subnets},
 		}},
-		{"isolated", lab.Options{Config: "[network]\nsubnet = \"" + lab.Subnet + "\"\n[keeper]\nisolation = \"pod\"\n"}, []scenario{
+		{"isolated", lab.Options{Config: "[network]\nsubnet = \"" + lab.Subnet + "\"\n[keeper]\nisolation = \"pod\"\n"}, 4, []scenario{
 			{"alone", alone},
 		}},
-		{"plugins", lab.Options{Config: "[network]\nmode = \"cni\"\ncni_conf_dir = \"" + loopbackPlugins(t) + "\"\ncni_bin_dirs = [\"/usr/lib/cni\"]\n"}, []scenario{
+		{"plugins", lab.Options{Config: "[network]\nmode = \"cni\"\ncni_conf_dir = \"" + loopbackPlugins(t) + "\"\ncni_bin_dirs = [\"/usr/lib/cni\"]\n"}, 8, []scenario{
 			{"plugged", life}, {"cidrs", subnets},
 		}},
 	}

@@ -135,10 +135,10 @@ func (m *creation) prepareCgroup() (err error) {
 
 func (m *creation) prepareFIFO() error {
 	path := fifoPath(m.c)
-	if err := unix.Mkfifo(path, 0o622); err != nil {
+	if err := unix.Mkfifo(path, 0o666); err != nil {
 		return &fs.PathError{Op: "mkfifo", Path: path, Err: err}
 	}
-	if err := os.Chmod(path, 0o622); err != nil { // whatever the umask
+	if err := os.Chmod(path, 0o666); err != nil { // whatever the umask
 		return err
 	}
 	var err error

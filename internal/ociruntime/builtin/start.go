@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/ociruntime"
 )
@@ -49,6 +50,7 @@ func (d *driver) Start(ctx context.Context, c ociruntime.Container, first host.P
 		return &fs.PathError{Op: "open", Path: path, Err: err}
 	}
 	defer unix.Close(fifo)
+	fault.Point("runtime.fifo-open")
 	for {
 		switch released, err := awaitByte(fifo, process); {
 		case released:
