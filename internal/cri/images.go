@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,11 +24,24 @@ func (s *imageService) PullImage(ctx context.Context, r *runtimeapi.PullImageReq
 	if err != nil {
 		return nil, err
 	}
+	if err := s.checkHandler(r.GetImage().GetRuntimeHandler()); err != nil {
+		return nil, err
+	}
 	img, err := s.images.Pull(ctx, ref, credentials(r.GetAuth()))
 	if err != nil {
 		return nil, err
 	}
 	return &runtimeapi.PullImageResponse{ImageRef: img.ID}, nil
+}
+
+// checkHandler refuses a handler that is not configured. All others run the same
+// images.
+func (s *imageService) checkHandler(name string) error {
+	known := s.handlers.Names()
+	if name == "" || slices.Contains(known, name) {
+		return nil
+	}
+	return fmt.Errorf("image.runtime_handler %q: there is no such handler; this node has %s: %w", name, strings.Join(known, ", "), errdefs.ErrInvalidArgument)
 }
 
 func imageReference(spec *runtimeapi.ImageSpec) (string, error) {

@@ -55,7 +55,7 @@ func NewServer(cfg Config) *grpc.Server {
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
 		grpc.UnaryInterceptor(edge.unary), grpc.StreamInterceptor(edge.stream),
 	)
-	runtime, images := &runtimeService{cfg: cfg}, &imageService{images: cfg.Images}
+	runtime, images := &runtimeService{cfg: cfg}, &imageService{images: cfg.Images, handlers: cfg.Handlers}
 	runtimeapi.RegisterRuntimeServiceServer(s, runtime)
 	runtimeapi.RegisterImageServiceServer(s, images)
 	registerV1alpha2(s, runtime, images)
@@ -69,7 +69,8 @@ type runtimeService struct {
 
 type imageService struct {
 	runtimeapi.UnimplementedImageServiceServer
-	images *image.Store
+	images   *image.Store
+	handlers *handler.Handlers
 }
 
 // edge is what every call passes through.

@@ -149,6 +149,10 @@ func TestBadRequests(t *testing.T) {
 		{"tag that the repository lacks", pull("docker.io/library/nginx:no-such-tag"), missing, []string{"no-such-tag"}},
 		{"reference that is none", pull("Not A Reference!"), invalid, []string{"Not A Reference!"}},
 		{"digest that is none", pull("docker.io/library/nginx@sha256:1234"), invalid, []string{"sha256:1234"}},
+		{"pull for an unknown handler", func(ctx context.Context) error {
+			_, err := l.Images.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "busybox", RuntimeHandler: "no-such"}})
+			return err
+		}, invalid, []string{"no-such", "builtin"}},
 		{"no reference", pull(""), invalid, []string{"image"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
