@@ -71,7 +71,7 @@ func owner(t *testing.T, path string) string {
 
 // TestUserNamespace runs pods whose root is nobody outside, side by side with one whose root
 // is the host's. Inside, all is as ever: it is root's what is root's in the image and
-// on volumes. That stays so when the daemon is restarted.
+// on volumes. That stays so when the daemon and the keeper's worker are replaced.
 func TestUserNamespace(t *testing.T) {
 	t.Run("builtin", func(t *testing.T) { testUserNamespace(t, "", "") })
 	t.Run("runc", func(t *testing.T) {
@@ -115,6 +115,8 @@ func testUserNamespace(t *testing.T, handler, config string) {
 			u.checkOutside(t, id)
 			l.Kill(t)
 			l.Start(t)
+			u.check(t, id)
+			killKeeper(t, l, "worker")
 			u.check(t, id)
 			u.check(t, u.run(t, "second"))
 			// The other pods stay, to be in each other's way if they can.
