@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -283,15 +284,23 @@ func withoutKnownIDs(spec *specs.Spec) *specs.Spec {
 	return spec
 }
 
+// askedFor is how the kernel refuses what the configuration or the image asks
+// for: a program, directory or mount that cannot be.
+var askedFor = []unix.Errno{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.EACCES, unix.ENOEXEC, unix.ELOOP, unix.ENAMETOOLONG, unix.EINVAL}
+
 // classify gives libcontainer's errors the classes of ociruntime.Runtime.
 func classify(err error) error {
 	class := func(class error) error { return fmt.Errorf("%w: %w", class, err) }
+	var step *launch.StepError
+	if errors.As(err, &step) && slices.Contains(askedFor, step.Err) {
+		return class(errdefs.ErrInvalidArgument)
+	}
 	switch {
 	case errors.Is(err, libcontainer.ErrNotExist):
 		return class(errdefs.ErrNotFound)
 	case errors.Is(err, libcontainer.ErrExist):
 		return class(errdefs.ErrAlreadyExists)
-	case errors.Is(err, libcontainer.ErrNotRunning), errors.Is(err, libcontainer.ErrPaused):
+	case errors.Is(err, libcontainer.ErrNotRunning), errors.Is(err, libcontainer.ErrPaused), errors.Is(err, unix.ESRCH): // ESRCH: its PID namespace is ending
 		return class(errdefs.ErrFailedPrecondition)
 	case errors.Is(err, libcontainer.ErrInvalidID), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ERANGE):
 		return class(errdefs.ErrInvalidArgument)
