@@ -52,6 +52,7 @@ type Config struct {
 //	record/NAME   what it is; written last, so a tree without one is garbage
 //	tmp/          trees being unpacked or removed
 //	empty/        directories with nothing in them, for overlayfs
+//	places/       what every container has something mounted on; see MountSpec.Places
 //
 // NAME is the start of the hexadecimal diff id; see nameLength.
 type Store struct {
@@ -96,10 +97,17 @@ func Open(c Config) (*Store, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	for _, dir := range []string{"tree", "record", "tmp", "empty/0", "empty/1"} {
+	for _, dir := range []string{"tree", "record", "tmp", "empty/0", "empty/1", "places/dev", "places/etc", "places/proc", "places/sys"} {
 		if err := os.MkdirAll(s.path(dir), 0o755); err != nil {
 			return nil, fmt.Errorf("open layers: %w", err)
 		}
+	}
+	for _, name := range []string{"hostname", "hosts", "resolv.conf"} {
+		f, err := os.OpenFile(s.path("places/etc/"+name), os.O_CREATE|os.O_RDONLY, 0o644)
+		if err != nil {
+			return nil, fmt.Errorf("open layers: %w", err)
+		}
+		f.Close()
 	}
 	// Layers have set-user-id programs that no user of this machine may reach.
 	// Overlayfs does: it looks into them with the rights of who mounted it.

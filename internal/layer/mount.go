@@ -28,6 +28,10 @@ type MountSpec struct {
 	Target   string          // the mount point; made if absent
 	ReadOnly bool            // no Upper and Work then
 	Label    string          // SELinux label for all files, or empty
+	// Places shows, below all layers, the files and directories that something is
+	// mounted on in every container. Otherwise each would have to make those that its
+	// image lacks, in its writable layer.
+	Places bool
 	// UserNS is where a user namespace is pinned, to whose users the files of the
 	// layers belong: what is user 0's in a layer is its root's. Empty for the
 	// host's.
@@ -115,7 +119,7 @@ func (s *Store) mountFrom(v view, m MountSpec, stack []record) error {
 		}
 	}
 	fault.Point("rootfs.prepared")
-	lower := lowerDirs(stack, m.ReadOnly)
+	lower := lowerDirs(stack, m.Places, m.ReadOnly)
 	if !s.mounts.noAppend.Load() {
 		err := v.mountNew(m, lower)
 		if !errors.Is(err, errNoAppend) {
@@ -203,10 +207,13 @@ func (v view) makeUpper(stack []record, upper string) error {
 // lowerDirs lists the lower directories relative to the directory of trees,
 // top first. Overlayfs wants at least one, and two if there is no upper directory:
 // empty ones stand in.
-func lowerDirs(stack []record, readOnly bool) []string {
+func lowerDirs(stack []record, places, readOnly bool) []string {
 	dirs := make([]string, 0, len(stack)+2)
 	for _, r := range stack {
 		dirs = append(dirs, name(r.DiffID))
+	}
+	if places {
+		dirs = append(dirs, "../places")
 	}
 	want := 1
 	if readOnly {

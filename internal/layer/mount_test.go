@@ -103,6 +103,39 @@ var/new -rw-r--r-- ""
 	})
 }
 
+// TestMountPlaces: what is mounted on is there without being made, and what a
+// layer has there is the layer's.
+func TestMountPlaces(t *testing.T) {
+	everyWay(t, func(t *testing.T, s *Store) {
+		m := spec(t, s, apply(t, s, dir("etc"), file("etc/hosts", "image's"), dir("proc")))
+		m.Places = true
+		if err := s.Mount(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+		want := `. drwxr-xr-x
+dev drwxr-xr-x
+etc drwxr-xr-x
+etc/hostname -rw-r--r-- ""
+etc/hosts -rw-r--r-- "image's"
+etc/resolv.conf -rw-r--r-- ""
+proc drwxr-xr-x
+sys drwxr-xr-x
+`
+		if diff := cmp.Diff(want, listing(t, m.Target)); diff != "" {
+			t.Errorf("root file system (-want +got):\n%s", diff)
+		}
+		if err := os.WriteFile(filepath.Join(m.Target, "etc/hostname"), []byte("own"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if data, err := os.ReadFile(filepath.Join(s.root, "places/etc/hostname")); err != nil || len(data) > 0 {
+			t.Errorf("what all have in common is %q, error %v", data, err)
+		}
+		if entries, err := os.ReadDir(m.Upper); err != nil || len(entries) != 1 {
+			t.Errorf("written: %v, error %v; want etc alone", entries, err)
+		}
+	})
+}
+
 func TestMountManyLayers(t *testing.T) {
 	everyWay(t, func(t *testing.T, s *Store) {
 		var layers []digest.Digest

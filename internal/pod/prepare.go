@@ -51,7 +51,7 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	}
 	if err := s.cfg.Layers.Mount(ctx, layer.MountSpec{
 		Layers: image.Layers, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), Target: rootfs,
-		UserNS: s.namespaces(p).User, Label: labels.Mount,
+		Places: true, UserNS: s.namespaces(p).User, Label: labels.Mount,
 	}); err != nil {
 		return nil, err
 	}
