@@ -113,9 +113,18 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	if err != nil {
 		return fmt.Errorf("probe the host: %w", err)
 	}
+	counts := openFigures(cfg)
+	tracing, err := openTracing(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	if tracing != nil {
+		defer closeTracing(tracing, log)
+	}
 	images, err := image.Open(image.Config{
 		Root: filepath.Join(cfg.Root, "images"), LayerRoot: filepath.Join(cfg.Root, "layers"),
 		Registry: registry.Config{Dir: cfg.Registry.ConfigDir, Logger: log}, Pinned: cfg.Images.Pinned, Logger: log,
+		Figures: counts.pulls,
 	})
 	if err != nil {
 		return err
@@ -128,7 +137,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	runtimes := handler.Open(programs(cfg), log)
 	defer runtimes.Close()
 	profiles := apparmor.New(apparmor.HostConfig(facts.AppArmor, log))
-	pods, podNetwork, err := openPods(cfg, images, runtimes, profiles, plugins, facts, log)
+	pods, podNetwork, err := openPods(cfg, images, runtimes, profiles, plugins, tracing != nil, facts, log)
 	if err != nil {
 		return err
 	}
@@ -151,13 +160,22 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		Pods: pods, Images: images, Network: podNetwork, Stats: figures, Streams: streams, Version: version(),
 		Handlers: runtimes, DefaultHandler: cfg.DefaultHandler,
 		Facts: facts, AppArmor: profiles.Problem, SystemdCgroup: systemdCgroup(cfg), Root: cfg.Root, State: cfg.State, Logger: log,
+		Tracer: tracerOf(tracing), Figures: counts.calls,
 	})
 	admin.Register(server, loader(images))
 	listener, err := listenUnix(cfg.SocketPath())
 	if err != nil {
 		return err
 	}
-	served := make(chan error, 3)
+	shown, err := counts.serve(cfg, pods, plugins, log)
+	if err != nil {
+		return err
+	}
+	served := make(chan error, 4)
+	if shown != nil {
+		defer shown.Close()
+		go func() { served <- shown.Serve() }()
+	}
 	go func() { served <- server.Serve(listener) }()
 	go func() { served <- streams.Serve() }()
 	log.Info("serving", "listen", cfg.Listen, "version", version(), "dur", time.Since(start).Round(time.Millisecond))
@@ -254,7 +272,7 @@ func openPlugins(cfg config.Config, log *slog.Logger) (*nri.Plugins, error) {
 	})
 }
 
-func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, profiles *apparmor.AppArmor, plugins *nri.Plugins, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
+func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, profiles *apparmor.AppArmor, plugins *nri.Plugins, tracing bool, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
 	podNetwork, err := openNetwork(cfg, log)
 	if err != nil {
 		return nil, nil, err
@@ -283,7 +301,7 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 	if plugins != nil {
 		heard = plugins
 	}
-	pods, err := pod.Open(pod.Config{
+	parts := pod.Config{
 		Root: cfg.Root, State: cfg.State, NetNS: "/run/netns",
 		Images: podImages{images}, Layers: images.Layers(), Network: podNetwork, Plugins: heard,
 		Keeper: keeperDialer(cfg, keeperPath, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
@@ -293,7 +311,11 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 		SweepKeepers: keeperSweeper(cfg),
 		KeeperHolds:  func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
 		Facts:        facts, SystemdCgroup: systemdCgroup(cfg), CDIDirs: []string{"/etc/cdi", "/var/run/cdi"}, Logger: log,
-	})
+	}
+	if tracing {
+		parts = traced(parts)
+	}
+	pods, err := pod.Open(parts)
 	if err != nil {
 		return nil, nil, err
 	}

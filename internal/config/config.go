@@ -40,6 +40,8 @@ type Config struct {
 	Keeper         Keeper             `toml:"keeper"`
 	Streaming      Streaming          `toml:"streaming"`
 	NRI            NRI                `toml:"nri"`
+	Metrics        Metrics            `toml:"metrics"`
+	Tracing        Tracing            `toml:"tracing"`
 	Handlers       map[string]Handler `toml:"handlers"` // by name, without BuiltinHandler
 }
 
@@ -126,6 +128,17 @@ type NRI struct {
 	RequestTimeout int    `toml:"request_timeout"`    // seconds; a plugin that takes longer is dropped
 }
 
+// Metrics says where the daemon's own figures are shown.
+type Metrics struct {
+	Address string `toml:"address"` // host:port; "" shows none
+}
+
+// Tracing says where spans are sent.
+type Tracing struct {
+	Endpoint string  `toml:"endpoint"` // http://host:port or https://host:port; "" sends none
+	Sampling float64 `toml:"sampling"` // share of the calls whose client has not decided
+}
+
 // Handler is an OCI runtime that is driven by its command line.
 type Handler struct {
 	Path string `toml:"path"`
@@ -154,6 +167,7 @@ func Default() Config {
 			Enable: true, SocketPath: "/var/run/nri/nri.sock",
 			PluginPath: "/opt/nri/plugins", PluginConfPath: "/etc/nri/conf.d", RequestTimeout: 5,
 		},
+		Tracing:  Tracing{Sampling: 1},
 		Handlers: map[string]Handler{},
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"net/url"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -51,6 +52,8 @@ func (c Config) Validate() error {
 	v.address("streaming.address", c.Streaming.Address)
 	v.pair("streaming.tls_cert", c.Streaming.TLSCert, "streaming.tls_key", c.Streaming.TLSKey)
 	v.nri(c.NRI)
+	v.metrics(c.Metrics.Address)
+	v.tracing(c.Tracing)
 	v.handlers(c.Handlers, c.DefaultHandler)
 	return v.err()
 }
@@ -163,5 +166,33 @@ func (v *problems) nri(n NRI) {
 	v.dir("nri.plugin_config_path", n.PluginConfPath)
 	if n.RequestTimeout < 1 || n.RequestTimeout > 600 {
 		v.add("nri.request_timeout", strconv.Itoa(n.RequestTimeout), "must be 1 to 600 seconds")
+	}
+}
+
+func (v *problems) metrics(address string) {
+	if address == "" {
+		return
+	}
+	host, port, err := net.SplitHostPort(address)
+	switch {
+	case err != nil || port == "":
+		v.add("metrics.address", address, `must be host:port, like "127.0.0.1:9111", or "" for none`)
+	case host == "":
+		v.add("metrics.address", address, `must name the host: "127.0.0.1:`+port+`", or "0.0.0.0:`+port+`" if every network may ask`)
+	default:
+		v.address("metrics.address", address)
+	}
+}
+
+func (v *problems) tracing(t Tracing) {
+	if t.Endpoint == "" {
+		return
+	}
+	u, err := url.Parse(t.Endpoint)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.Path != "" && u.Path != "/" {
+		v.add("tracing.endpoint", t.Endpoint, `must be http://host:port, or https://host:port for TLS`)
+	}
+	if t.Sampling < 0 || t.Sampling > 1 {
+		v.add("tracing.sampling", strconv.FormatFloat(t.Sampling, 'g', -1, 64), "must be 0 to 1")
 	}
 }

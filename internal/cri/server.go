@@ -10,8 +10,10 @@ package cri
 import (
 	"context"
 	"log/slog"
+	"path"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -41,6 +43,8 @@ type Config struct {
 	SystemdCgroup bool
 	Root, State   string
 	Logger        *slog.Logger
+	Tracer        trace.Tracer // of calls; nil if nobody collects spans
+	Figures       *Figures     // of calls; nil if nobody asks for them
 }
 
 // maxMessage bounds a message in both directions, in bytes: what the kubelet's
@@ -50,7 +54,7 @@ const maxMessage = 16 << 20
 // NewServer returns a gRPC server with both CRI services registered, in v1 and in
 // v1alpha2.
 func NewServer(cfg Config) *grpc.Server {
-	edge := edge{log: cfg.Logger}
+	edge := edge{log: cfg.Logger, tracer: cfg.Tracer, figures: cfg.Figures}
 	s := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
 		grpc.UnaryInterceptor(edge.unary), grpc.StreamInterceptor(edge.stream),
@@ -74,20 +78,34 @@ type imageService struct {
 }
 
 // edge is what every call passes through.
-type edge struct{ log *slog.Logger }
+type edge struct {
+	log     *slog.Logger
+	tracer  trace.Tracer
+	figures *Figures
+}
+
+// begin is called for each call; finish when it ends, with what it has panicked
+// with or nil, and its error. Finish returns what the client gets.
+func (e edge) begin(ctx context.Context, method string) (_ context.Context, finish func(panicked any, err error) error) {
+	start, verb := time.Now(), path.Base(method)
+	e.figures.begin(verb)
+	ctx, span := e.trace(ctx, method)
+	return ctx, func(panicked any, err error) error {
+		err = e.finish(ctx, method, start, panicked, err)
+		e.figures.end(verb, time.Since(start), err)
+		endSpan(span, err)
+		return err
+	}
+}
 
 func (e edge) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
-	start := time.Now()
-	defer func() {
-		err = e.finish(ctx, info.FullMethod, start, recover(), err)
-	}()
+	ctx, finish := e.begin(ctx, info.FullMethod)
+	defer func() { err = finish(recover(), err) }()
 	return handler(ctx, req)
 }
 
 func (e edge) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
-	start := time.Now()
-	defer func() {
-		err = e.finish(stream.Context(), info.FullMethod, start, recover(), err)
-	}()
-	return handler(srv, stream)
+	ctx, finish := e.begin(stream.Context(), info.FullMethod)
+	defer func() { err = finish(recover(), err) }()
+	return handler(srv, tracedStream{stream, ctx})
 }

@@ -40,4 +40,5 @@ type Config struct {
 	Registry  registry.Config
 	Pinned    []string // references; * matches anything, slashes included
 	Logger    *slog.Logger
+	Figures   *Figures // of pulls; nil if nobody asks for them
 }

@@ -13,11 +13,13 @@ import (
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"go.opentelemetry.io/otel/attribute"
 	"golang.org/x/sync/errgroup"
 
 	"sampan.dev/sampan/internal/fault"
 	"sampan.dev/sampan/internal/layer"
 	"sampan.dev/sampan/internal/registry"
+	"sampan.dev/sampan/internal/span"
 )
 
 // pullKey tells pulls apart: the same reference with the same credentials is the
@@ -46,7 +48,10 @@ func (s *Store) Pull(ctx context.Context, ref string, auth *Auth) (Image, error)
 	}
 	img, err := s.pulls.Do(ctx, key, func(ctx context.Context) (Image, error) {
 		start := time.Now()
+		ctx, end := span.Start(ctx, "pull", attribute.String("sampan.image", named.String()))
 		img, err := s.pull(ctx, named, auth)
+		end(err)
+		s.figures.pulled(time.Since(start), err)
 		s.log.Debug("pull ended", "op", "pull", "image", named.String(), "dur", time.Since(start), "err", err)
 		return img, err
 	})
@@ -67,7 +72,9 @@ func (s *Store) pull(ctx context.Context, named reference.Named, auth *Auth) (Im
 		return Image{}, err
 	}
 	defer repo.Close()
-	m, digests, err := resolve(ctx, repo, object(named))
+	resolving, end := span.Start(ctx, "pull: resolve")
+	m, digests, err := resolve(resolving, repo, object(named))
+	end(err)
 	if err != nil {
 		return Image{}, err
 	}
@@ -163,12 +170,19 @@ func (s *Store) fetchLayers(ctx context.Context, repo *registry.Repository, diff
 	g.SetLimit(layersAtOnce())
 	for i, id := range diffIDs {
 		g.Go(func() error {
-			return retryLiars(repo, func() error {
+			ctx, end := span.Start(ctx, "pull: layer", attribute.String("sampan.layer", blobs[i].Digest.String()), attribute.Int64("sampan.bytes", blobs[i].Size))
+			err := retryLiars(repo, func() error {
 				_, err := s.layers.Apply(ctx, id, s.slotted(func(ctx context.Context) (io.ReadCloser, error) {
-					return repo.Blob(ctx, blobs[i].Digest, blobs[i].Size)
+					r, err := repo.Blob(ctx, blobs[i].Digest, blobs[i].Size)
+					if err != nil {
+						return nil, err
+					}
+					return s.figures.counting(r), nil
 				}))
 				return err
 			})
+			end(err)
+			return err
 		})
 	}
 	return g.Wait()

@@ -41,6 +41,8 @@ type Store struct {
 	slots  chan struct{} // one for each layer that may be unpacked at a time, by all pulls
 	pulls  flight.Group[pullKey, Image]
 
+	figures *Figures
+
 	view atomic.Pointer[view]
 
 	mu      sync.Mutex // guards what follows, and the records on disk
@@ -83,6 +85,7 @@ func Open(c Config) (*Store, error) {
 		layers:  layers,
 		client:  registry.New(c.Registry),
 		pinned:  pinned,
+		figures: c.Figures,
 		slots:   make(chan struct{}, 3*layersAtOnce()),
 		images:  make(map[string]*entry),
 		torn:    make(map[string]*entry),

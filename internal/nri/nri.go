@@ -125,6 +125,9 @@ func (p *Plugins) Hold(ctx context.Context) (release func(), listening bool, err
 	return block.Unblock, p.count.Load() > 0, nil
 }
 
+// Connected is how many plugins there are now.
+func (p *Plugins) Connected() int { return int(p.count.Load()) }
+
 // introduce tells a plugin that has connected what there is, and does what it
 // wants to be changed.
 func (p *Plugins) introduce(ctx context.Context, tell adaptation.SyncCB) error {

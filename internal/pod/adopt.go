@@ -309,6 +309,8 @@ func (s *Pods) reconcile(ctx context.Context, name string, k Keeper, all []keepe
 			s.log.Warn("container of nobody is removed", "container", ks.ID, "keeper", name)
 			if err := k.Delete(ctx, ks.ID); err != nil {
 				s.log.Error("remove container of nobody", "container", ks.ID, "err", err)
+			} else {
+				s.swept.Add(1)
 			}
 		}
 	}
@@ -442,7 +444,9 @@ func (s *Pods) sweepDir(dir string, known func(id string) bool, remove func(id s
 		s.log.Warn("leftover is removed", "path", filepath.Join(dir, e.Name()))
 		if err := remove(e.Name()); err != nil {
 			s.log.Error("leftover stays", "path", filepath.Join(dir, e.Name()), "err", err)
+			continue
 		}
+		s.swept.Add(1)
 	}
 }
 

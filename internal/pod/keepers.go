@@ -166,8 +166,14 @@ func (s *Pods) keeper(ctx context.Context, p *Pod) (Keeper, error) {
 
 // follow keeps the containers of one keeper up to date until ctx ends.
 func (s *Pods) follow(ctx context.Context, name string, k Keeper) {
+	connected := 0
 	err := k.Watch(ctx,
-		func(all []keeper.ContainerState) { s.reconcile(ctx, name, k, all) },
+		func(all []keeper.ContainerState) {
+			if connected++; connected > 1 {
+				s.reconnects.Add(1)
+			}
+			s.reconcile(ctx, name, k, all)
+		},
 		func(e keeper.Event) { s.onExit(e.ID, e.Exit) })
 	if ctx.Err() == nil {
 		s.log.Error("keeper is no longer followed", "keeper", name, "err", err)

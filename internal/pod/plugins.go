@@ -18,6 +18,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/nri"
+	"sampan.dev/sampan/internal/span"
 	"sampan.dev/sampan/internal/spec"
 	"sampan.dev/sampan/internal/state"
 )
@@ -73,7 +74,10 @@ func (s *Pods) tell(ctx context.Context, h *heard, from, to int32, request func(
 	if !listening {
 		return nil
 	}
-	return nri.Failed(request())
+	_, end := span.Start(ctx, "plugins")
+	err = nri.Failed(request())
+	end(err)
+	return err
 }
 
 // ask makes a request of the plugins, if there are any, that changes nothing of
@@ -90,7 +94,10 @@ func (s *Pods) ask(ctx context.Context, request func() error) error {
 	if !listening {
 		return nil
 	}
-	return nri.Failed(request())
+	_, end := span.Start(ctx, "plugins")
+	err = nri.Failed(request())
+	end(err)
+	return err
 }
 
 // unanswered logs what plugins cannot object to any more.

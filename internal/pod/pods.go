@@ -145,6 +145,9 @@ type Pods struct {
 	sweeping           atomic.Bool  // of keepers that were let go; it comes soon
 
 	events events
+	// Since the start: leftovers that were removed, and connections to keepers
+	// that were made again.
+	swept, reconnects atomic.Int64
 
 	mu         sync.RWMutex // guards the maps; no other lock is taken while it is held
 	pods       map[string]*Pod
