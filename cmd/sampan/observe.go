@@ -104,9 +104,12 @@ func tracerOf(s *otlp.Sender) trace.Tracer {
 	return s.Tracer()
 }
 
+// lastSpans bounds how long the daemon's end waits for a collector.
+const lastSpans = time.Second
+
 // closeTracing sends the last spans, if a collector takes them soon.
 func closeTracing(s *otlp.Sender, log *slog.Logger) {
-	ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
+	ctx, cancel := context.WithTimeout(context.Background(), lastSpans)
 	defer cancel()
 	if err := s.Close(ctx); err != nil {
 		log.Warn("the last spans are lost", "err", err)
