@@ -12,10 +12,12 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -252,4 +254,34 @@ func requirements(path string) (map[string]bool, error) {
 		}
 	}
 	return modules, scanner.Err()
+}
+
+// A promise in docs/FAILURES.md that names a test names one that there is.
+func TestFailuresNameTests(t *testing.T) {
+	text, err := os.ReadFile("../../docs/FAILURES.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := map[string]bool{}
+	declared := regexp.MustCompile(`(?m)^func (Test\w+)\(`)
+	for _, dir := range []string{"cmd", "internal", "test"} {
+		err := filepath.WalkDir(filepath.Join("../..", dir), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !strings.HasSuffix(path, "_test.go") {
+				return err
+			}
+			source, err := os.ReadFile(path)
+			for _, m := range declared.FindAllSubmatch(source, -1) {
+				tests[string(m[1])] = true
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range regexp.MustCompile(`\bTest[A-Z]\w+`).FindAllString(string(text), -1) {
+		if !tests[name] {
+			t.Errorf("docs/FAILURES.md: there is no %s", name)
+		}
+	}
 }
