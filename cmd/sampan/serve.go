@@ -196,6 +196,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		pods.Adopt(ctx)
 		images.Mend(ctx)
 		pods.HoldImages()
+		returnMemory(ctx)
 	}()
 	select {
 	case <-ctx.Done():

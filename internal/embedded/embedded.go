@@ -7,11 +7,11 @@
 package embedded
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -58,10 +58,15 @@ func (p Program) Bytes() ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("program %s: %w", p.Name, err)
 	}
-	if sum := sha256.Sum256(b); hex.EncodeToString(sum[:]) != p.Digest {
-		return nil, fmt.Errorf("program %s: content does not match its digest, build again with `make`: %w", p.Name, errdefs.ErrDataLoss)
+	sum := sha256.Sum256(b)
+	return b, p.check(sum[:])
+}
+
+func (p Program) check(sum []byte) error {
+	if hex.EncodeToString(sum) != p.Digest {
+		return fmt.Errorf("program %s: content does not match its digest, build again with `make`: %w", p.Name, errdefs.ErrDataLoss)
 	}
-	return b, nil
+	return nil
 }
 
 // Unpack makes sure that the program stands in dir, under a name that changes
@@ -81,18 +86,21 @@ func (p Program) Unpack(dir string) (string, error) {
 	if got, err := os.Lstat(target); err == nil && got.Mode().IsRegular() && got.Mode().Perm() == 0o755 && got.Size() == want.Size() {
 		return target, nil
 	}
-	content, err := p.Bytes()
+	content, err := files.Open(p.path)
 	if err != nil {
 		return "", err
 	}
-	if err := install(target, content); err != nil {
+	defer content.Close()
+	if err := install(target, content, p.check); err != nil {
 		return "", fmt.Errorf("unpack %s: %w", p.Name, err)
 	}
 	return target, nil
 }
 
-// install writes an executable file, all of it or nothing, onto the disk.
-func install(target string, content []byte) error {
+// install writes an executable file, all of it or nothing, onto the disk, if
+// check agrees with the SHA-256 of its content. It goes there in small pieces: the
+// whole would stay in the heap for long.
+func install(target string, content io.Reader, check func(sum []byte) error) error {
 	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
 		return err
 	}
@@ -102,7 +110,11 @@ func install(target string, content []byte) error {
 	}
 	defer os.Remove(f.Name()) // gone after the rename
 	defer f.Close()           // closed before the rename
-	if _, err := bytes.NewReader(content).WriteTo(f); err != nil {
+	sum := sha256.New()
+	if _, err := io.Copy(io.MultiWriter(f, sum), content); err != nil {
+		return err
+	}
+	if err := check(sum.Sum(nil)); err != nil {
 		return err
 	}
 	if err := f.Chmod(0o755); err != nil {

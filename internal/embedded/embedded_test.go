@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -13,13 +14,20 @@ import (
 func TestInstall(t *testing.T) {
 	target := filepath.Join(t.TempDir(), "bin", "keeper-0123")
 	for _, content := range []string{"one", "another"} {
-		if err := install(target, []byte(content)); err != nil {
+		if err := install(target, strings.NewReader(content), func([]byte) error { return nil }); err != nil {
 			t.Fatal(err)
 		}
 		got, err := os.ReadFile(target)
 		if err != nil || string(got) != content {
 			t.Fatalf("got %q, %v", got, err)
 		}
+	}
+	damaged := errors.New("damaged")
+	if err := install(target, strings.NewReader("damaged"), func([]byte) error { return damaged }); !errors.Is(err, damaged) {
+		t.Errorf("content with another digest: %v", err)
+	}
+	if got, err := os.ReadFile(target); err != nil || string(got) != "another" {
+		t.Errorf("content with another digest was written: %q, %v", got, err)
 	}
 	entries, err := os.ReadDir(filepath.Dir(target))
 	if err != nil || len(entries) != 1 {

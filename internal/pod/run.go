@@ -74,8 +74,10 @@ func (s *Pods) resolveHandler(name string) (string, error) {
 }
 
 func (s *Pods) podLike(config *runtimeapi.PodSandboxConfig) *Pod {
+	m := config.GetMetadata()
 	for _, p := range s.snapshotPods() {
-		if proto.Equal(p.Config.GetMetadata(), config.GetMetadata()) {
+		// Names first: there may be thousands of pods.
+		if p.Config.GetMetadata().GetName() == m.GetName() && proto.Equal(p.Config.GetMetadata(), m) {
 			return p
 		}
 	}
