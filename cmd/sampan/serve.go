@@ -335,7 +335,7 @@ func openNetwork(cfg config.Config, log *slog.Logger) (network.Network, error) {
 	if err != nil {
 		return nil, err
 	}
-	own, err := builtin.Open(builtin.Config{Dir: filepath.Join(dir, "builtin"), Subnets: subnets, Logger: log})
+	own, err := builtin.Open(builtin.Config{Dir: filepath.Join(dir, "builtin"), State: filepath.Join(cfg.State, "network"), Subnets: subnets, Logger: log})
 	if err != nil || cfg.Network.Mode == config.NetworkBuiltin {
 		return own, err
 	}

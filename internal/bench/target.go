@@ -86,7 +86,8 @@ type pod struct {
 	containers []string
 }
 
-// podConfig is as the kubelet would ask for a small pod.
+// podConfig is as the kubelet would ask for a small pod. Kubelets make the
+// directory for its logs.
 func (r *runner) podConfig(t *target, hostNetwork bool) *runtimeapi.PodSandboxConfig {
 	r.serial++
 	name := fmt.Sprintf("bench-%d-%d", os.Getpid(), r.serial)
@@ -94,9 +95,11 @@ func (r *runner) podConfig(t *target, hostNetwork bool) *runtimeapi.PodSandboxCo
 	if hostNetwork {
 		options.Network = runtimeapi.NamespaceMode_NODE
 	}
+	logs := filepath.Join(t.logDir, name)
+	_ = os.MkdirAll(logs, 0o755) // if that fails, so do the containers, and say so
 	config := &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "sampan-bench", Uid: name},
-		LogDirectory: filepath.Join(t.logDir, name),
+		LogDirectory: logs,
 		Labels:       map[string]string{label: ""},
 		Linux:        &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: options}},
 	}

@@ -157,10 +157,17 @@ func TestUnmountUnder(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if points, err := MountPoints(dir); err != nil || len(points) != 2 {
+	// A file, as namespaces are pinned, and a mount below a mount.
+	pin := filepath.Join(dir, "b", "ns", "pin")
+	below := filepath.Join(deep, "below")
+	if err := errors.Join(os.MkdirAll(filepath.Dir(pin), 0o755), os.WriteFile(pin, nil, 0o600), os.Mkdir(below, 0o755),
+		unix.Mount("/proc/self/ns/net", pin, "", unix.MS_BIND, ""), unix.Mount("none", below, "tmpfs", 0, "size=4k")); err != nil {
+		t.Fatal(err)
+	}
+	if points, err := MountPoints(dir); err != nil || len(points) != 4 {
 		t.Fatalf("got %v, %v", points, err)
 	}
-	if err := UnmountUnder(dir); err != nil {
+	if err := errors.Join(UnmountUnder(dir), UnmountUnder(filepath.Join(dir, "absent"))); err != nil {
 		t.Fatal(err)
 	}
 	if points, _ := MountPoints(dir); len(points) != 0 {

@@ -3,6 +3,9 @@ package host
 import (
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -47,15 +50,29 @@ func MountPoints(dir string) ([]string, error) {
 }
 
 // UnmountUnder takes every mount at or below dir off. It goes on after an error
-// and returns all of them.
+// and returns all of them. It tries every name that it finds in dir, which may hold
+// no more than a few: the list of all mounts takes the longer the more pods there
+// are, and others who mount wait for its reader. Nothing that is mounted is
+// looked into, so that it may hang.
 func UnmountUnder(dir string) error {
-	points, err := MountPoints(dir)
+	if err := Unmount(dir); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
 	var errs []error
-	for _, p := range slices.Compact(points) {
-		errs = append(errs, Unmount(p))
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if e.IsDir() {
+			errs = append(errs, UnmountUnder(path))
+		} else {
+			errs = append(errs, Unmount(path))
+		}
 	}
 	return errors.Join(errs...)
 }

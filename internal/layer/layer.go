@@ -114,7 +114,7 @@ func Open(c Config) (*Store, error) {
 	if err := os.Chmod(s.root, 0o700); err != nil {
 		return nil, fmt.Errorf("open layers: %w", err)
 	}
-	spread(s.path("tmp"))
+	host.Spread(s.path("tmp"))
 	if err := s.load(); err != nil {
 		return nil, fmt.Errorf("open layers: %w", err)
 	}

@@ -46,6 +46,8 @@ func (p paths) make() error {
 			return err
 		}
 	}
+	host.Spread(p.pods())
+	host.Spread(p.containers())
 	// The namespace directory is shared with others and stays as they like it.
 	return os.MkdirAll(p.netns, 0o755)
 }

@@ -28,7 +28,8 @@ import (
 
 // Config says how the network is laid out.
 type Config struct {
-	Dir     string         // where the records of pods are kept; created if absent
+	Dir     string         // where the kubelet's subnets are kept; created if absent
+	State   string         // where the records of pods are kept, which end with the boot; created if absent
 	Subnets []netip.Prefix // addresses for pods: one IPv4 or one IPv6 subnet, or one of each
 	Link    string         // name of the link that holds the gateway addresses, at most 8 letters; "sampan0" if empty
 	NetNS   string         // the namespace that plays the host; the process's own if empty
@@ -73,7 +74,7 @@ func Open(cfg Config) (*Network, error) {
 	if len(link) > maxLink {
 		return nil, fmt.Errorf("network link name %q: %w: longer than %d letters", link, errdefs.ErrInvalidArgument, maxLink)
 	}
-	shelf, err := openShelf(cfg.Dir)
+	shelf, err := openShelf(cfg.Dir, cfg.State)
 	if err != nil {
 		return nil, fmt.Errorf("open network records: %w", err)
 	}

@@ -30,7 +30,7 @@ var (
 // openIn opens a network in a lab until the test ends.
 func openIn(t testing.TB, lab *networktest.Lab, dir string, subnets ...netip.Prefix) *Network {
 	t.Helper()
-	n, err := Open(Config{Dir: dir, Subnets: subnets, NetNS: lab.Host, Logger: slog.New(slog.DiscardHandler)})
+	n, err := Open(Config{Dir: dir, State: filepath.Join(dir, "state"), Subnets: subnets, NetNS: lab.Host, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -535,7 +535,7 @@ func TestLeavesNothing(t *testing.T) {
 func TestForwardingFirewall(t *testing.T) {
 	lab := networktest.NewLab(t)
 	var log bytes.Buffer
-	n, err := Open(Config{Dir: t.TempDir(), Subnets: []netip.Prefix{subnet4}, NetNS: lab.Host, Logger: slog.New(slog.NewJSONHandler(&log, nil))})
+	n, err := Open(Config{Dir: t.TempDir(), State: t.TempDir(), Subnets: []netip.Prefix{subnet4}, NetNS: lab.Host, Logger: slog.New(slog.NewJSONHandler(&log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,7 +12,7 @@ import (
 	"sampan.dev/sampan/internal/state"
 )
 
-// podKind is what the network holds for one pod: DIR/pods/ID. It is written
+// podKind is what the network holds for one pod: STATE/pods/ID. It is written
 // before anything is taken and removed after everything is given back. It is
 // volatile: what it describes does not outlive the boot either.
 var podKind = state.Kind{Name: "network-builtin-pod", Version: 1}
@@ -63,18 +63,19 @@ func (r *record) ip(is4 bool) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// shelf is the directory of records.
-type shelf struct{ dir string }
+// shelf has the directories of records: dir for what outlives the boot, state for
+// what does not.
+type shelf struct{ dir, state string }
 
-func openShelf(dir string) (shelf, error) {
-	s := shelf{dir}
-	if err := os.MkdirAll(s.path(""), 0o700); err != nil {
+func openShelf(dir, stateDir string) (shelf, error) {
+	s := shelf{dir, stateDir}
+	if err := errors.Join(os.MkdirAll(dir, 0o700), os.MkdirAll(s.path(""), 0o700)); err != nil {
 		return s, err
 	}
 	return s, errors.Join(state.SweepTemporary(dir), state.SweepTemporary(s.path("")))
 }
 
-func (s shelf) path(podID string) string { return filepath.Join(s.dir, "pods", podID) }
+func (s shelf) path(podID string) string { return filepath.Join(s.state, "pods", podID) }
 
 func (s shelf) store(r *record) error {
 	return state.Write(s.path(r.Pod), podKind, r, state.Volatile)

@@ -1,4 +1,4 @@
-package layer
+package host
 
 import (
 	"os"
@@ -8,8 +8,9 @@ import (
 )
 
 func TestSpread(t *testing.T) {
-	s := openStore(t, t.TempDir())
-	f, err := os.Open(s.path("tmp"))
+	dir := t.TempDir()
+	Spread(dir)
+	f, err := os.Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
