@@ -37,7 +37,7 @@ func CgroupOf(pid int) (Cgroup, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cgroup of process %d: %w", pid, err)
 	}
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	mounts, err := cgroupMounts()
 	if err != nil {
 		return nil, fmt.Errorf("cgroup of process %d: list mounts: %w", pid, err)
 	}

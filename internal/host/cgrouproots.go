@@ -3,15 +3,22 @@ package host
 import (
 	"fmt"
 	"strings"
+	"sync"
 
 	"github.com/moby/sys/mountinfo"
 )
+
+// cgroupMounts are the mounts of cgroup hierarchies. They are there before this
+// process is; looking for them among the mounts of all pods takes long.
+var cgroupMounts = sync.OnceValues(func() ([]*mountinfo.Info, error) {
+	return mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+})
 
 // CgroupRoots returns where the hierarchy of each controller is mounted, by
 // controller; "" is the unified hierarchy, which has all of them if there is no
 // other.
 func CgroupRoots() (map[string]string, error) {
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	mounts, err := cgroupMounts()
 	if err != nil {
 		return nil, fmt.Errorf("find cgroup hierarchies: %w", err)
 	}

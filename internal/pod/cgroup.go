@@ -35,16 +35,13 @@ func (s *Pods) removeOwnCgroup(ctx context.Context, podID string) error {
 	if s.cfg.SystemdCgroup {
 		return nil // a scope goes with its last process
 	}
-	dirs := []string{"/sys/fs/cgroup" + ownCgroup(podID)}
-	if host.CgroupMode() != host.CgroupV2 {
-		var err error
-		if dirs, err = filepath.Glob("/sys/fs/cgroup/*" + ownCgroup(podID)); err != nil {
-			return err
-		}
+	roots, err := host.CgroupRoots()
+	if err != nil {
+		return err
 	}
 	cg := make(host.Cgroup)
-	for _, dir := range dirs {
-		cg[dir] = dir
+	for controller, root := range roots {
+		cg[controller] = filepath.Join(root, ownCgroup(podID))
 	}
 	return cg.Remove(ctx)
 }
