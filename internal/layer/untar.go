@@ -42,39 +42,56 @@ type content struct {
 // symbolic links that lead out, the same name twice (but for directories), hard
 // links to what is not there.
 func untar(ctx context.Context, dir string, r io.Reader) (content, error) {
+	u, err := newUntarrer(dir)
+	if err != nil {
+		return content{}, err
+	}
+	defer u.close()
+	if err := u.unpack(ctx, r); err != nil {
+		return content{}, err
+	}
+	return u.content, u.finish()
+}
+
+func newUntarrer(dir string) (*untarrer, error) {
 	root, err := unix.Open(dir, unix.O_DIRECTORY|unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return content{}, fmt.Errorf("open %s: %w", dir, err)
+		return nil, fmt.Errorf("open %s: %w", dir, err)
 	}
-	defer unix.Close(root)
-	u := &untarrer{
+	return &untarrer{
 		root:    root,
 		parent:  parent{fd: -1},
 		buf:     make([]byte, blockSize),
 		content: content{inodes: 1, implicit: map[string]bool{".": true}},
-	}
-	defer u.parent.close()
+	}, nil
+}
 
+func (u *untarrer) close() {
+	u.parent.close()
+	unix.Close(u.root)
+}
+
+// unpack makes what an archive describes.
+func (u *untarrer) unpack(ctx context.Context, r io.Reader) error {
 	tr := tar.NewReader(r)
 	for {
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
-			break
+			return nil
 		}
 		if errors.Is(err, tar.ErrHeader) {
-			return content{}, fmt.Errorf("not a tar archive: %w: %w", errdefs.ErrInvalidArgument, err)
+			return fmt.Errorf("not a tar archive: %w: %w", errdefs.ErrInvalidArgument, err)
 		}
 		if err != nil {
-			return content{}, err
+			return err
 		}
 		if err := ctx.Err(); err != nil {
-			return content{}, err
+			return err
 		}
 		if err := u.entry(h, tr); err != nil {
-			return content{}, fmt.Errorf("entry %q: %w", h.Name, err)
+			return fmt.Errorf("entry %q: %w", h.Name, err)
 		}
 	}
-	return u.content, u.finish()
 }
 
 type untarrer struct {
