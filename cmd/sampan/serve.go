@@ -302,6 +302,7 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 	if plugins != nil {
 		heard = plugins
 	}
+	criu := &host.CRIU{Path: cfg.Checkpoint.CRIU}
 	parts := pod.Config{
 		Root: cfg.Root, State: cfg.State, NetNS: "/run/netns",
 		Images: podImages{images}, Layers: images.Layers(), Network: podNetwork, Plugins: heard,
@@ -311,7 +312,8 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 		AppArmor: profiles.Profile, SELinux: openSELinux(cfg, log),
 		SweepKeepers: keeperSweeper(cfg),
 		KeeperHolds:  func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
-		Facts:        facts, SystemdCgroup: systemdCgroup(cfg), CDIDirs: []string{"/etc/cdi", "/var/run/cdi"}, Logger: log,
+		Facts:        facts, SystemdCgroup: systemdCgroup(cfg), CDIDirs: []string{"/etc/cdi", "/var/run/cdi"},
+		CRIU: criu.Check, RestoreImages: cfg.Checkpoint.RestoreImages, Logger: log,
 	}
 	if tracing {
 		parts = traced(parts)
@@ -463,7 +465,7 @@ func (i podImages) Acquire(id, holder string) (pod.Image, error) {
 }
 
 func podImage(img image.Image) pod.Image {
-	return pod.Image{ID: img.ID, RepoDigests: img.RepoDigests, Layers: img.Layers, Config: img.Config.Config}
+	return pod.Image{ID: img.ID, RepoTags: img.RepoTags, RepoDigests: img.RepoDigests, Layers: img.Layers, Config: img.Config.Config, Checkpoint: img.Checkpoint}
 }
 
 func loader(images *image.Store) admin.Loader {

@@ -42,6 +42,7 @@ type Config struct {
 	NRI            NRI                `toml:"nri"`
 	Metrics        Metrics            `toml:"metrics"`
 	Tracing        Tracing            `toml:"tracing"`
+	Checkpoint     Checkpoint         `toml:"checkpoint"`
 	Handlers       map[string]Handler `toml:"handlers"` // by name, without BuiltinHandler
 }
 
@@ -137,6 +138,12 @@ type Metrics struct {
 type Tracing struct {
 	Endpoint string  `toml:"endpoint"` // http://host:port or https://host:port; "" sends none
 	Sampling float64 `toml:"sampling"` // share of the calls whose client has not decided
+}
+
+// Checkpoint says how containers are checkpointed and restored.
+type Checkpoint struct {
+	CRIU          string `toml:"criu"`           // path of the program; "" looks in PATH
+	RestoreImages bool   `toml:"restore_images"` // CreateContainer restores images that are checkpoints
 }
 
 // Handler is an OCI runtime that is driven by its command line.

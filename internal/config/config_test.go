@@ -130,7 +130,7 @@ func TestKeys(t *testing.T) {
 		"network.mode", "network.subnet", "network.cni_conf_dir", "network.cni_bin_dirs",
 		"cgroup.driver", "security.selinux", "keeper.isolation", "streaming.address", "streaming.tls_cert", "streaming.tls_key",
 		"nri.enable", "nri.socket_path", "nri.plugin_path", "nri.plugin_config_path", "nri.request_timeout",
-		"metrics.address", "tracing.endpoint", "tracing.sampling", "handlers.NAME.path",
+		"metrics.address", "tracing.endpoint", "tracing.sampling", "checkpoint.criu", "checkpoint.restore_images", "handlers.NAME.path",
 	}
 	if !slices.Equal(Keys(), want) {
 		t.Errorf("got %q, want %q", Keys(), want)

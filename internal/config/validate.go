@@ -54,6 +54,9 @@ func (c Config) Validate() error {
 	v.nri(c.NRI)
 	v.metrics(c.Metrics.Address)
 	v.tracing(c.Tracing)
+	if p := c.Checkpoint.CRIU; p != "" && (!filepath.IsAbs(p) || filepath.Base(p) != "criu") {
+		v.add("checkpoint.criu", p, `must be the absolute path of a program called criu, like "/usr/sbin/criu"`)
+	}
 	v.handlers(c.Handlers, c.DefaultHandler)
 	return v.err()
 }

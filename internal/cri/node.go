@@ -46,7 +46,7 @@ func (s *runtimeService) Status(ctx context.Context, r *runtimeapi.StatusRequest
 		resp.Status.Conditions = append(resp.Status.Conditions, s.apparmor())
 	}
 	if r.GetVerbose() {
-		if resp.Info, err = s.info(reports); err != nil {
+		if resp.Info, err = s.info(ctx, reports); err != nil {
 			return nil, err
 		}
 	}
@@ -90,15 +90,21 @@ func (s *runtimeService) handlers(reports map[string]handler.Report) []*runtimea
 	return list
 }
 
-func (s *runtimeService) info(reports map[string]handler.Report) (map[string]string, error) {
+func (s *runtimeService) info(ctx context.Context, reports map[string]handler.Report) (map[string]string, error) {
 	userNamespaces := "yes"
 	if err := s.cfg.Pods.HostUserNamespaces(); err != nil {
 		userNamespaces = "no: " + err.Error()
 	}
+	checkpoints := "no: "
+	if criu, err := s.cfg.Pods.Checkpoints(ctx); err != nil {
+		checkpoints += err.Error()
+	} else {
+		checkpoints = fmt.Sprintf("yes, with %s %s", criu.Path, criu.Version)
+	}
 	config, err := json.Marshal(map[string]any{
 		"rootDir": s.cfg.Root, "stateDir": s.cfg.State, "defaultHandler": s.cfg.DefaultHandler,
 		"handlers": s.cfg.Handlers.Names(), "cgroupDriver": s.driver().String(), "cgroups": s.cfg.Facts.Cgroup.String(),
-		"userNamespaces": userNamespaces,
+		"userNamespaces": userNamespaces, "checkpoints": checkpoints,
 	})
 	if err != nil {
 		return nil, err

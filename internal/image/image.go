@@ -28,6 +28,7 @@ type Image struct {
 	Layers      []digest.Digest // diff ids, bottom first
 	Config      ocispec.Image
 	User        string // Config.Config.User, as it stands in the image
+	Checkpoint  string // the name of the container that it is a checkpoint of, or empty
 }
 
 // Auth carries credentials in any of the forms the CRI has.

@@ -292,6 +292,7 @@ func (a *archive) layoutOne(top ocispec.Descriptor) (archived, error) {
 	if err != nil {
 		return archived{}, err
 	}
+	f.checkpoint = m.checkpointed()
 	if named != nil {
 		f.digests = []string{digestName(named, top.Digest)}
 		if tagged, ok := named.(reference.Tagged); ok {

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 
@@ -9,6 +10,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"sampan.dev/sampan/internal/checkpoint"
 	"sampan.dev/sampan/internal/registry"
 )
 
@@ -26,6 +28,7 @@ type document struct {
 	Manifests     []ocispec.Descriptor  `json:"manifests"`
 	Config        *ocispec.Descriptor   `json:"config"`
 	Layers        *[]ocispec.Descriptor `json:"layers"`
+	Annotations   map[string]string     `json:"annotations"`
 }
 
 // parseDocument reads an index or a manifest. A document that could be taken for
@@ -63,6 +66,11 @@ func parseDocument(body []byte, sent string) (document, error) {
 		}
 	}
 	return d, nil
+}
+
+// checkpointed returns the container that an image is a checkpoint of, or "".
+func (d document) checkpointed() string {
+	return cmp.Or(d.Annotations[checkpoint.AnnotationName], d.Annotations[checkpoint.OldAnnotationName])
 }
 
 func (d document) isIndex() bool { return d.Manifests != nil }

@@ -96,7 +96,7 @@ func (s *Store) pull(ctx context.Context, named reference.Named, auth *Auth) (Im
 		return Image{}, err
 	}
 	fault.Point("image.layers-fetched")
-	n := newImage{id: m.Config.Digest.String(), raw: raw, config: config}
+	n := newImage{id: m.Config.Digest.String(), raw: raw, config: config, checkpoint: m.checkpointed()}
 	for _, d := range digests {
 		n.digests = append(n.digests, digestName(named, d))
 	}

@@ -23,6 +23,8 @@ type record struct {
 	Names   []owned  `json:"names,omitempty"`   // tags
 	Digests []string `json:"digests,omitempty"` // repository@digest of manifests and indexes
 	Blobs   []blob   `json:"blobs,omitempty"`   // its layers as they were fetched, bottom first
+	// Checkpoint is the name of the container that the image is a checkpoint of.
+	Checkpoint string `json:"checkpoint,omitempty"`
 	// Removed says that the image is gone for everybody but its holders.
 	Removed bool `json:"removed,omitempty"`
 }
@@ -54,6 +56,8 @@ type newImage struct {
 	names   []string
 	digests []string
 	blobs   []blob
+
+	checkpoint string // see record
 }
 
 func (r record) hex() string { return strings.TrimPrefix(r.ID, "sha256:") }

@@ -327,7 +327,7 @@ func (s *Store) install(n newImage) (Image, error) {
 	}
 	next := e.record
 	next.Removed = false
-	next.Blobs = n.blobs
+	next.Blobs, next.Checkpoint = n.blobs, n.checkpoint
 	next.Digests = union(next.Digests, n.digests)
 	next.Names = slices.Clone(next.Names)
 	for _, name := range n.names {
@@ -389,6 +389,7 @@ func (s *Store) snapshot(e *entry) Image {
 		Layers:      e.layers(),
 		Config:      e.config,
 		User:        e.config.Config.User,
+		Checkpoint:  e.Checkpoint,
 	}
 	for _, o := range e.Names {
 		img.RepoTags = append(img.RepoTags, o.Name)

@@ -30,11 +30,13 @@ func Open(cfg Config) (*Pods, error) {
 		containers: make(map[string]*Container),
 	}
 	s.ops.Limit = maxOperation
+	s.checkpoints.Linger = true
 	s.hostUserNamespaces = sync.OnceValue(func() error { return host.ProbeUserNamespaces(cfg.Root, cfg.Init) })
 	s.keepers = keepers{dial: cfg.Keeper, follow: s.follow, needs: s.knowsPod, closed: make(chan struct{}), all: make(map[string]*keeperConn)}
 	if err := s.paths.make(); err != nil {
 		return nil, fmt.Errorf("open pods: %w", err)
 	}
+	s.sweepCheckpoints()
 	if err := s.loadPods(); err != nil {
 		return nil, fmt.Errorf("open pods: %w", err)
 	}

@@ -191,7 +191,17 @@ func (s *Pods) CreateContainer(ctx context.Context, podID string, config *runtim
 }
 
 func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.ContainerConfig) (string, error) {
-	image, err := s.cfg.Images.Get(imageName(config))
+	from, done, err := s.sourceOf(ctx, p, config)
+	if err != nil {
+		return "", fmt.Errorf("create container %s: %w", config.GetMetadata().GetName(), err)
+	}
+	defer done()
+	return s.createFrom(ctx, p, config, from)
+}
+
+// createFrom makes a container, from a checkpoint unless from is nil.
+func (s *Pods) createFrom(ctx context.Context, p *Pod, config *runtimeapi.ContainerConfig, from *source) (string, error) {
+	image, err := s.imageOf(config, from)
 	if err != nil {
 		return "", fmt.Errorf("create container %s: image: %w", config.GetMetadata().GetName(), err)
 	}
@@ -214,13 +224,16 @@ func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.C
 		resources: config.GetLinux().GetResources(), abandon: abandon,
 	}
 	defer close(c.created)
+	if from != nil {
+		c.Checkpoint = from.name
+	}
 	if len(image.RepoDigests) > 0 {
 		c.ImageDigest = image.RepoDigests[0]
 	}
 	if err := s.admit(p, c); err != nil {
 		return "", err
 	}
-	if err := s.assemble(making, p, c); err != nil {
+	if err := s.assemble(making, p, c, from); err != nil {
 		if making.Err() != nil && ctx.Err() == nil {
 			err = fmt.Errorf("it, or its pod, is being stopped or removed: %w", errdefs.ErrAborted)
 		}
@@ -236,6 +249,13 @@ func (s *Pods) createContainer(ctx context.Context, p *Pod, config *runtimeapi.C
 	s.announceContainer(c)
 	s.tellCreated(ctx, p, c)
 	return c.ID, nil
+}
+
+func (s *Pods) imageOf(config *runtimeapi.ContainerConfig, from *source) (Image, error) {
+	if from != nil {
+		return from.image, nil
+	}
+	return s.cfg.Images.Get(imageName(config))
 }
 
 // imageName prefers what the client resolved already.
@@ -255,7 +275,7 @@ func (s *Pods) admit(p *Pod, c *Container) error {
 
 // assemble makes the container, each step recorded or derivable before it is
 // taken.
-func (s *Pods) assemble(ctx context.Context, p *Pod, c *Container) error {
+func (s *Pods) assemble(ctx context.Context, p *Pod, c *Container, from *source) error {
 	if err := s.recordContainer(c); err != nil {
 		return err
 	}
@@ -263,7 +283,7 @@ func (s *Pods) assemble(ctx context.Context, p *Pod, c *Container) error {
 	if err != nil {
 		return err
 	}
-	oci, err := s.prepare(ctx, p, c, image)
+	oci, err := s.prepare(ctx, p, c, image, from)
 	if err != nil {
 		return err
 	}
@@ -272,11 +292,15 @@ func (s *Pods) assemble(ctx context.Context, p *Pod, c *Container) error {
 		return err
 	}
 	fault.Point("container.bundle-written")
-	resp, err := k.Create(ctx, keeper.CreateRequest{
+	create := keeper.CreateRequest{
 		ID: c.ID, PodID: p.ID, Bundle: s.paths.bundle(c.ID), Handler: s.cfg.Handlers[p.Runtime],
 		LogPath: logPath(p, c), ExitRecord: s.paths.exit(c.ID),
 		Terminal: c.Config.GetTty(), Stdin: c.Config.GetStdin(), StdinOnce: c.Config.GetStdinOnce(),
-	})
+	}
+	if from != nil {
+		create.Restore = &keeper.Checkpoint{Dir: from.dir, CRIU: from.criu.Path}
+	}
+	resp, err := k.Create(ctx, create)
 	if err != nil {
 		return err
 	}

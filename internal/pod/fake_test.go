@@ -3,6 +3,7 @@ package pod
 import (
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -12,10 +13,12 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"sampan.dev/sampan/internal/checkpoint"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/host/selinux"
 	"sampan.dev/sampan/internal/keeper"
@@ -37,6 +40,7 @@ type lab struct {
 	layers  *fakeLayers
 	dialErr error // why no keeper starts
 	plugins Plugins
+	criuErr error // why there are no checkpoints
 
 	facts      host.Facts
 	selinux    selinux.Config
@@ -66,6 +70,7 @@ func (l *lab) start() *Pods {
 		Handlers:     map[string]keeper.Handler{"builtin": {Kind: keeper.Builtin}}, DefaultHandler: "builtin",
 		Facts: l.facts, AppArmor: l.apparmor, SELinux: selinux.New(l.selinux),
 		Features: func(context.Context, string) (spec.Features, error) { return spec.BuiltinFeatures(), nil },
+		CRIU:     func(context.Context) (host.Program, error) { return host.Program{Path: "/usr/sbin/criu"}, l.criuErr },
 		Logger:   slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
@@ -188,6 +193,15 @@ func (f *fakeLayers) Mount(_ context.Context, m layer.MountSpec) error {
 	return fail
 }
 
+// Diff says that the layer has nothing.
+func (f *fakeLayers) Diff(context.Context, []digest.Digest, string, io.Writer) ([]string, error) {
+	return nil, nil
+}
+
+func (f *fakeLayers) RestoreUpper(context.Context, []digest.Digest, string, io.Reader, []string) error {
+	return nil
+}
+
 func (f *fakeLayers) Unmount(target string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -212,6 +226,8 @@ func (f *fakeNetwork) Sweep(_ context.Context, live func(string) bool) error { r
 
 // fakeKeeper runs containers that do nothing until they are signalled.
 type fakeKeeper struct {
+	hangCheckpoint bool
+
 	mu         sync.Mutex
 	containers map[string]*fakeContainer
 	watchers   []func(keeper.Event)
@@ -297,6 +313,26 @@ func (f *fakeKeeper) Watch(ctx context.Context, onConnect func([]keeper.Containe
 	onConnect(f.list())
 	<-ctx.Done()
 	return ctx.Err()
+}
+
+// Checkpoint writes down the ids of the containers, and waits if it is to hang.
+func (f *fakeKeeper) Checkpoint(ctx context.Context, r keeper.CheckpointRequest, meanwhile func(context.Context) error) error {
+	f.mu.Lock()
+	hang := f.hangCheckpoint
+	f.mu.Unlock()
+	for _, t := range r.Targets {
+		if err := os.Mkdir(filepath.Join(t.Dir, checkpoint.ImagesDir), 0o700); err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(t.Dir, checkpoint.ImagesDir, "pages-1.img"), []byte(t.ID), 0o600); err != nil {
+			return err
+		}
+	}
+	if hang {
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
+	return meanwhile(ctx)
 }
 
 func (f *fakeKeeper) Update(_ context.Context, _ string, r *specs.LinuxResources) error {

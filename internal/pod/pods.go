@@ -15,6 +15,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"strings"
@@ -41,9 +42,11 @@ import (
 // Image is what a container needs to know of its image.
 type Image struct {
 	ID          string          // "sha256:..." of the configuration
+	RepoTags    []string        // may be empty
 	RepoDigests []string        // name@digest, may be empty
 	Layers      []digest.Digest // diff ids, bottom first
 	Config      ocispec.ImageConfig
+	Checkpoint  string // the name of the container that it is a checkpoint of, or empty
 }
 
 // Images finds images and keeps them while they are used.
@@ -63,6 +66,9 @@ type Images interface {
 type Layers interface {
 	Mount(ctx context.Context, m layer.MountSpec) error
 	Unmount(target string) error
+	// Diff and RestoreUpper take what is in a writable layer elsewhere.
+	Diff(ctx context.Context, layers []digest.Digest, upper string, w io.Writer) (deleted []string, err error)
+	RestoreUpper(ctx context.Context, layers []digest.Digest, upper string, diff io.Reader, deleted []string) error
 }
 
 // Keeper runs containers; see keeper.Client for the contract.
@@ -76,6 +82,7 @@ type Keeper interface {
 	ExecOutput(ctx context.Context, r keeper.ExecRequest, limit int) (stdout, stderr []byte, res keeper.ExecResult, err error)
 	Attach(ctx context.Context, r keeper.AttachRequest) error
 	Resize(ctx context.Context, id string, width, height uint16) error
+	Checkpoint(ctx context.Context, r keeper.CheckpointRequest, meanwhile func(context.Context) error) error
 	Delete(ctx context.Context, id string) error
 	List(ctx context.Context) ([]keeper.ContainerState, error)
 	Watch(ctx context.Context, onConnect func([]keeper.ContainerState), onEvent func(keeper.Event)) error
@@ -118,7 +125,14 @@ type Config struct {
 	Facts         host.Facts
 	SystemdCgroup bool
 	CDIDirs       []string // where CDI specs are; later ones win
-	Logger        *slog.Logger
+
+	// CRIU finds the program that checkpoints are made and restored with.
+	CRIU func(ctx context.Context) (host.Program, error)
+	// RestoreImages lets CreateContainer restore images that are checkpoints.
+	// Whoever may name such an image has the node, since CRIU does as it says.
+	RestoreImages bool
+
+	Logger *slog.Logger
 }
 
 // How long work may take at most, whoever waits for it.
@@ -139,7 +153,12 @@ type Pods struct {
 	ops      flight.Group[string, string]      // mutations under way, by what they do
 	updates  network.Locks                     // of containers' limits, by their id
 	relabels flight.Group[[2]string, struct{}] // of volumes, by path and label
-	work     sync.WaitGroup                    // in the background
+
+	// checkpoints and restores of pods under way. They end with those who want
+	// them, who are answered when nothing is left of them.
+	checkpoints flight.Group[string, restored]
+
+	work sync.WaitGroup // in the background
 
 	hostUserNamespaces func() error // nil, or why there are none; tried out once
 	sweeping           atomic.Bool  // of keepers that were let go; it comes soon

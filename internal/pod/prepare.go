@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/containerd/continuity/fs"
@@ -40,7 +39,7 @@ func (s *Pods) recordContainer(c *Container) error {
 }
 
 // prepare mounts the root file system and writes the bundle.
-func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (*specs.Spec, error) {
+func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image, from *source) (*specs.Spec, error) {
 	rootfs, dir := s.paths.rootfs(c.ID), s.paths.container(c.ID)
 	labels, err := s.labels(p, c)
 	if err != nil {
@@ -48,6 +47,11 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 	}
 	if err := os.MkdirAll(s.paths.bundle(c.ID), 0o711); err != nil {
 		return nil, err
+	}
+	if from != nil {
+		if err := s.restoreUpper(ctx, c, image, from); err != nil {
+			return nil, err
+		}
 	}
 	if err := s.cfg.Layers.Mount(ctx, layer.MountSpec{
 		Layers: image.Layers, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), Target: rootfs,
@@ -79,6 +83,15 @@ func (s *Pods) prepare(ctx context.Context, p *Pod, c *Container, image Image) (
 		return nil, err
 	}
 	fault.Point("container.log-directory-made")
+	if from != nil {
+		if err := errors.Join(from.fit(oci), s.restoreVolumes(ctx, p, c, image, from)); err != nil {
+			return nil, err
+		}
+	}
+	if oci.Annotations == nil {
+		oci.Annotations = make(map[string]string)
+	}
+	oci.Annotations[criuOptions] = filepath.Join(s.paths.bundle(c.ID), "criu.conf")
 	return oci, writeBundle(s.paths.bundle(c.ID), oci)
 }
 
@@ -314,7 +327,7 @@ func sourceError(i int, path, problem string, err error) error {
 func (s *Pods) imageVolumes(ctx context.Context, p *Pod, c *Container, image Image, rootfs, label string) (map[string]string, error) {
 	volumes := make(map[string]string)
 	for i, path := range spec.ImageVolumes(c.Config.ContainerConfig, image.Config) {
-		dir := filepath.Join(s.paths.container(c.ID), "volumes", strconv.Itoa(i))
+		dir := s.imageVolume(c, i)
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, err
 		}

@@ -23,6 +23,9 @@ func (p paths) pods() string       { return filepath.Join(p.root, "pods") }
 func (p paths) containers() string { return filepath.Join(p.root, "containers") }
 func (p paths) trash() string      { return filepath.Join(p.root, "trash") }
 
+// checkpoints has a directory for each checkpoint that is being made or read.
+func (p paths) checkpoints() string { return filepath.Join(p.root, "checkpoints") }
+
 func (p paths) pod(id string) string       { return filepath.Join(p.root, "pods", id) }
 func (p paths) container(id string) string { return filepath.Join(p.root, "containers", id) }
 
@@ -41,7 +44,7 @@ func (p paths) netNS(id string) string {
 
 // make creates the directories that everything else is in.
 func (p paths) make() error {
-	for _, dir := range []string{p.pods(), p.containers(), p.trash(), filepath.Join(p.state, "pods"), filepath.Join(p.state, "containers")} {
+	for _, dir := range []string{p.pods(), p.containers(), p.trash(), p.checkpoints(), filepath.Join(p.state, "pods"), filepath.Join(p.state, "containers")} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
 			return err
 		}
@@ -63,6 +66,7 @@ var (
 	createdKind      = state.Kind{Name: "container-created", Version: 1}
 	startedKind      = state.Kind{Name: "container-started", Version: 1}
 	resourcesKind    = state.Kind{Name: "container-resources", Version: 1}
+	checkpointKind   = state.Kind{Name: "checkpoint", Version: 1}
 )
 
 type podRecord struct {
@@ -95,7 +99,10 @@ type containerRecord struct {
 	// MountImages are the images of image volumes, by the index of the mount.
 	MountImages map[int]MountImage `json:"mountImages,omitempty"`
 	StopSignal  int                `json:"stopSignal"`
-	Config      containerConfig    `json:"config"`
+	// Checkpoint is where the container was restored from: an archive, a directory
+	// or an image.
+	Checkpoint string          `json:"checkpoint,omitempty"`
+	Config     containerConfig `json:"config"`
 }
 
 type createdRecord struct {

@@ -37,9 +37,7 @@ func (s *Pods) Run(ctx context.Context, config *runtimeapi.PodSandboxConfig, han
 			return "", err
 		}
 	}
-	m := config.GetMetadata()
-	key := strings.Join([]string{"run", m.GetNamespace(), m.GetName(), m.GetUid(), fmt.Sprint(m.GetAttempt())}, "\x00")
-	id, err := s.ops.Do(ctx, key, func(ctx context.Context) (string, error) {
+	id, err := s.ops.Do(ctx, runKey(config), func(ctx context.Context) (string, error) {
 		if p := s.podLike(config); p != nil {
 			return rerun(p)
 		}
@@ -50,11 +48,24 @@ func (s *Pods) Run(ctx context.Context, config *runtimeapi.PodSandboxConfig, han
 	}
 	// Also of one that another caller was making.
 	if p, err := s.pod(id); err == nil {
-		if st := p.Status(); !proto.Equal(st.Config.PodSandboxConfig, config) || st.Handler != handler {
-			return "", fmt.Errorf("%v exists with another configuration; remove it or use a new attempt: %w", p, errdefs.ErrAlreadyExists)
+		if err := p.isLike(config, handler); err != nil {
+			return "", err
 		}
 	}
 	return id, nil
+}
+
+func (p *Pod) isLike(config *runtimeapi.PodSandboxConfig, handler string) error {
+	if st := p.Status(); !proto.Equal(st.Config.PodSandboxConfig, config) || st.Handler != handler {
+		return fmt.Errorf("%v exists with another configuration; remove it or use a new attempt: %w", p, errdefs.ErrAlreadyExists)
+	}
+	return nil
+}
+
+// runKey is what calls that make the same pod have in common.
+func runKey(config *runtimeapi.PodSandboxConfig) string {
+	m := config.GetMetadata()
+	return strings.Join([]string{"run", m.GetNamespace(), m.GetName(), m.GetUid(), fmt.Sprint(m.GetAttempt())}, "\x00")
 }
 
 func (s *Pods) resolveHandler(name string) (string, error) {

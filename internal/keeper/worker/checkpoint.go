@@ -19,6 +19,8 @@ import (
 const (
 	// pauseTimeout bounds how long containers stay paused for a checkpoint.
 	pauseTimeout = 10 * time.Minute
+	// restoreTimeout bounds the making of a container of a checkpoint.
+	restoreTimeout = 10 * time.Minute
 	// resumeTimeout bounds the resuming of one container.
 	resumeTimeout = 10 * time.Second
 )

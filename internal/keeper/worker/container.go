@@ -114,7 +114,11 @@ func (c *container) name() ociruntime.Container {
 
 // create makes the container and, on error, unmakes it.
 func (c *container) create(req keeper.CreateRequest) {
-	ctx, cancel := context.WithTimeout(c.making, opTimeout)
+	limit := opTimeout
+	if req.Restore != nil {
+		limit = restoreTimeout
+	}
+	ctx, cancel := context.WithTimeout(c.making, limit)
 	defer cancel()
 	c.req = req
 	err := c.make(ctx)

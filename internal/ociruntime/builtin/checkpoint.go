@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -191,6 +192,14 @@ func (t task) restore(o *libcontainer.CriuOpts) (pid int, err error) {
 	}
 	container, err := libcontainer.Create(t.Container.StateDir, t.Container.ID, config)
 	if err != nil {
+		return 0, err
+	}
+	// With cgroup v1, libcontainer shows the container the cgroup of its own process.
+	m, err := manager.New(config.Cgroups)
+	if err != nil {
+		return 0, err
+	}
+	if err := m.Apply(os.Getpid()); err != nil {
 		return 0, err
 	}
 	o.WorkDirectory = t.Container.StateDir

@@ -7,12 +7,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/internal/host"
 )
 
 // patience is how long CRIU may go on that nobody wants any more. It is not
@@ -27,18 +28,20 @@ const tick = 10 * time.Millisecond
 // ended. When ctx ends, the command is killed, upon which CRIU gives up as soon as
 // it notices; if it does not in some seconds, it is killed too. The command
 // is killed if this process dies. It has a mount namespace of its own, with which
-// go the mounts that runtimes make for a restore.
+// go the mounts that runtimes make for a restore; what is mounted on the host shows in
+// it, since restored mounts take part in that by way of it.
 func Run(ctx context.Context, cmd *exec.Cmd, program string) error {
 	env := cmd.Env
 	if env == nil {
 		env = os.Environ()
 	}
 	cmd.Env = append(env, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	// The death signal is that of the thread that starts the command.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	return host.InOwnMounts(func() error { return run(ctx, cmd) })
+}
+
+func run(ctx context.Context, cmd *exec.Cmd) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
