@@ -47,7 +47,7 @@ func eachRuntime(t *testing.T, test func(t *testing.T, l *lab.Lab)) {
 // number is what a file of a container says.
 func number(t testing.TB, l *lab.Lab, id, file string) int {
 	t.Helper()
-	for range 20 {
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		out := l.ExecSync(t, id, "cat", file)
 		if n, err := strconv.Atoi(strings.TrimSpace(string(out.GetStdout()))); err == nil && out.GetExitCode() == 0 {
 			return n
