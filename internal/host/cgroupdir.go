@@ -108,7 +108,7 @@ func (c Cgroup) Pids() ([]int, error) {
 }
 
 func procs(dir string) ([]int, error) {
-	data, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	data, err := readNow(filepath.Join(dir, "cgroup.procs"))
 	if isGone(err) || errors.Is(err, unix.EOPNOTSUPP) { // the latter in a threaded cgroup, whose processes the domain above lists
 		return nil, nil
 	}

@@ -25,7 +25,7 @@ type Process struct {
 // Identify returns the identity of the process that has pid now. The error is
 // ErrNotFound when there is none. A zombie still has an identity.
 func Identify(pid int) (Process, error) {
-	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	data, err := readNow("/proc/" + strconv.Itoa(pid) + "/stat")
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 		return Process{}, fmt.Errorf("process %d: %w", pid, errdefs.ErrNotFound)
 	}

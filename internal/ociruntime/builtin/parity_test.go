@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/ociruntime/conformance"
 )
 
@@ -99,6 +100,15 @@ var variants = map[string]func(t *testing.T, s *specs.Spec){
 		s.Mounts = append(s.Mounts,
 			specs.Mount{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
 			specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"nosuid", "noexec", "nodev", "relatime", "rw"}})
+	},
+	"cgroup namespace": func(t *testing.T, s *specs.Spec) {
+		if host.CgroupMode() != host.CgroupV2 {
+			t.Skip("probe: in cgroup v1 libcontainer makes them")
+		}
+		s.Mounts = append(s.Mounts,
+			specs.Mount{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
+			specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"nosuid", "noexec", "nodev", "relatime", "ro"}})
+		s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
 	},
 	"devices": func(_ *testing.T, s *specs.Spec) {
 		mode, id := os.FileMode(0o640), uint32(12)
