@@ -37,8 +37,9 @@ type Launcher struct {
 const minProgram = 64
 
 // New returns a launcher that is kept as long as the process. The error is
-// ErrNotImplemented if the kernel is too old for it (Linux 5.12), if this process
-// is root in a user namespace only, or if this binary was built without the program.
+// ErrNotImplemented if the kernel is too old for it (Linux 5.12) or refuses to
+// execute it, if this process is root in a user namespace only, or if this binary
+// was built without the program.
 func New() (*Launcher, error) {
 	program, err := files.ReadFile("files/launch")
 	if err != nil {
@@ -57,7 +58,27 @@ func New() (*Launcher, error) {
 	if l.pids, err = unix.Open("/proc/self/ns/pid", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 		return nil, fmt.Errorf("open PID namespace: %w", err)
 	}
+	if err := l.try(); err != nil {
+		return nil, fmt.Errorf("sampan-launch: %w: %w", err, errdefs.ErrNotImplemented)
+	}
 	return l, nil
+}
+
+// try executes the program, which some security modules refuse for what is in
+// memory only. It has nothing to do, and says so.
+func (l *Launcher) try() error {
+	p, err := l.Start(&Plan{}, Options{})
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	_, _, err = p.Next()
+	_, reaped := p.Reap()
+	var step *StepError
+	if !errors.As(err, &step) {
+		return errors.Join(fmt.Errorf("it does not run: %w", err), reaped)
+	}
+	return reaped
 }
 
 // probe tries what steps rely on.

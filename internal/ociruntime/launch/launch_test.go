@@ -1,0 +1,142 @@
+package launch
+
+import (
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+func newLauncher(t *testing.T) *Launcher {
+	l, err := New()
+	if errdefs.IsNotImplemented(err) {
+		t.Skipf("probe: %v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, fd := range []int{l.program, l.null, l.pids} {
+			unix.Close(fd)
+		}
+	})
+	return l
+}
+
+// carryOut runs a plan in new namespaces to its end and returns its error.
+func carryOut(t *testing.T, l *Launcher, p *Plan) error {
+	t.Helper()
+	process, err := l.Start(p, Options{Flags: unix.CLONE_NEWNS | unix.CLONE_NEWUTS})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer process.Close()
+	for {
+		event, _, err := process.Next()
+		if err == nil && event == Ready {
+			err = process.Continue()
+		}
+		if err != nil {
+			process.Reap()
+			return err
+		}
+	}
+}
+
+// TestStepErrors: an error names the step, and what failed in it.
+func TestStepErrors(t *testing.T) {
+	l := newLauncher(t)
+	absent := t.TempDir() + "/absent"
+	for name, tc := range map[string]struct {
+		plan func(*Plan)
+		says string
+	}{
+		"nothing to do":     {func(*Plan) {}, "start: "},
+		"no end":            {func(p *Plan) { p.Hostname("a") }, "the plan has no end"},
+		"no such root":      {func(p *Plan) { p.Root(absent, unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE) }, absent},
+		"no such namespace": {func(p *Plan) { p.Setns("that", 0, unix.CLONE_NEWNET) }, "that: setns"},
+		"no such option": {func(p *Plan) {
+			p.Root(t.TempDir(), unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE)
+			p.Mount("tmpfs", "tmpfs", "a/b", 0, 0, "size=lots")
+		}, "mount tmpfs at /a/b: "},
+		"no such source": {func(p *Plan) {
+			p.Root(t.TempDir(), unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE)
+			p.Bind(absent, "a", true, Attributes{}, 0, -1)
+		}, "mount " + absent + " at /a: open_tree: no such file or directory"},
+		"no such program": {func(p *Plan) {
+			p.Environment(0, []string{"PATH=/no/such:/neither"})
+			p.Arguments([]string{"nothing"})
+		}, `exec: "nothing": executable file not found in $PATH`},
+		"a directory for a program": {func(p *Plan) {
+			p.Environment(0, nil)
+			p.Arguments([]string{"/proc"})
+		}, `exec: "/proc": stat: is a directory`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if os.Geteuid() != 0 {
+				t.Skip("probe: not root, who alone may make namespaces")
+			}
+			var p Plan
+			tc.plan(&p)
+			err := carryOut(t, l, &p)
+			var step *StepError
+			if !errors.As(err, &step) || !strings.Contains(err.Error(), tc.says) {
+				t.Errorf("error %v, want a step's with %q", err, tc.says)
+			}
+		})
+	}
+}
+
+// TestForsaken: a process whose keeper is gone ends, and does not become anybody's.
+func TestForsaken(t *testing.T) {
+	l := newLauncher(t)
+	var p Plan
+	p.Environment(0, nil)
+	p.Arguments([]string{"/bin/sh", "-c", "exit 7"})
+	p.Sync(Ready)
+	p.Execute()
+	process, err := l.Start(&p, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if event, _, err := process.Next(); err != nil || event != Ready {
+		t.Fatalf("event %v, error %v", event, err)
+	}
+	process.Close()
+	if status, err := process.Reap(); err != nil || status.ExitStatus() != 255 {
+		t.Errorf("status %#x, error %v; want 255", status, err)
+	}
+}
+
+// TestExecuted: the end of the connection tells that the program runs.
+func TestExecuted(t *testing.T) {
+	l := newLauncher(t)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	var p Plan
+	p.Environment(0, []string{"A=b", "HOME=/h"})
+	p.Arguments([]string{"/bin/sh", "-c", `echo "$A $HOME $0 $1"`, "zero", "one"})
+	p.Execute()
+	process, err := l.Start(&p, Options{Stdout: w})
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer process.Close()
+	if _, _, err := process.Next(); !errors.Is(err, io.EOF) {
+		t.Errorf("error %v, want EOF", err)
+	}
+	if out, err := io.ReadAll(r); err != nil || string(out) != "b /h zero one\n" {
+		t.Errorf("output %q, error %v", out, err)
+	}
+	if status, err := process.Reap(); err != nil || status.ExitStatus() != 0 {
+		t.Errorf("status %#x, error %v", status, err)
+	}
+}
