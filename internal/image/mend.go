@@ -36,6 +36,12 @@ func (s *Store) Mend(ctx context.Context) {
 func (s *Store) mend(ctx context.Context, e *entry) error {
 	err := fmt.Errorf("it has no name: %w", errdefs.ErrNotFound)
 	for _, name := range e.Digests {
+		s.mu.Lock()
+		torn := s.torn[e.ID] == e
+		s.mu.Unlock()
+		if !torn {
+			return nil // somebody has pulled it
+		}
 		if _, err = s.Pull(ctx, name, nil); err == nil {
 			return nil
 		}

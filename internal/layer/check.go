@@ -83,13 +83,17 @@ func Check(ctx context.Context, root string, content bool) ([]Finding, map[diges
 		}
 		found = append(found, f)
 	}
+	used, err := usedNames()
+	if err != nil {
+		return nil, nil, err
+	}
 	for _, dir := range []string{"tree", "tmp"} {
 		names, err := readDir(filepath.Join(root, dir))
 		if err != nil {
 			return nil, nil, err
 		}
 		for _, name := range names {
-			if dir == "tmp" || !named[name] {
+			if (dir == "tmp" || !named[name]) && !used(name) {
 				found = append(found, Finding{Name: dir + "/" + name, What: "files of no layer", Sweep: true})
 			}
 		}

@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
@@ -60,6 +61,7 @@ type Store struct {
 	log    *slog.Logger
 	flight flight.Group[digest.Digest, Info]
 	mounts mounter
+	graves atomic.Bool // files of layers that are none any more are mounted somewhere
 
 	placing sync.Mutex // held while a layer's files and record change on disk
 	mu      sync.Mutex // guards layers; taken after placing
@@ -204,9 +206,10 @@ func (s *Store) load() error {
 		return err
 	}
 	for _, e := range leftovers {
-		// What a container still has mounted stays until a later start.
-		if n, ok := strings.CutPrefix(e.Name(), gravePrefix); !ok || !used(n) {
+		if !isGrave(e.Name()) || !used(e.Name()) {
 			s.removeInBackground(s.path("tmp", e.Name()))
+		} else {
+			s.graves.Store(true)
 		}
 	}
 	if err := state.SweepTemporary(s.path("record")); err != nil {
@@ -283,6 +286,7 @@ func (s *Store) discard(dir string) error {
 	fault.Point("layer.discarded")
 	used, err := usedNames()
 	if err == nil && used(filepath.Base(dir)) {
+		s.graves.Store(true)
 		s.log.Warn("files of a layer stay until no container has them mounted", "op", "remove layer", "layer", filepath.Base(dir))
 		return nil
 	}
@@ -294,7 +298,7 @@ func (s *Store) discard(dir string) error {
 // are none any more; then comes the layer's name.
 const gravePrefix = "removed-"
 
-// usedNames tells of layers' names, and of what begins so, whether their files are
+// usedNames tells of layers' names, and of their graves', whether their files are
 // part of a root file system that is mounted now.
 func usedNames() (func(name string) bool, error) {
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("overlay"))
@@ -306,8 +310,33 @@ func usedNames() (func(name string) bool, error) {
 		options.WriteString(m.VFSOptions)
 	}
 	return func(name string) bool {
+		name = strings.TrimPrefix(name, gravePrefix)
 		return len(name) >= nameLength && strings.Contains(options.String(), name[:nameLength])
 	}, nil
+}
+
+func isGrave(name string) bool { return strings.HasPrefix(name, gravePrefix) }
+
+// sweepGraves removes what nothing that is mounted needs any more.
+func (s *Store) sweepGraves() error {
+	used, err := usedNames()
+	if err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(s.path("tmp"))
+	left := false
+	for _, e := range entries {
+		if !isGrave(e.Name()) {
+			continue
+		}
+		if used(e.Name()) {
+			left = true
+			continue
+		}
+		s.removeInBackground(s.path("tmp", e.Name()))
+	}
+	s.graves.Store(left)
+	return err
 }
 
 func (s *Store) removeInBackground(dir string) {

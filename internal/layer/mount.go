@@ -59,7 +59,13 @@ func (s *Store) Mount(ctx context.Context, m MountSpec) error {
 }
 
 // Unmount takes the root file system off target. Absent or not mounted is fine.
-func (s *Store) Unmount(target string) error { return host.Unmount(target) }
+func (s *Store) Unmount(target string) error {
+	err := host.Unmount(target)
+	if err == nil && s.graves.Load() {
+		err = s.sweepGraves()
+	}
+	return err
+}
 
 func (s *Store) mount(m MountSpec) error {
 	if err := m.validate(); err != nil {

@@ -250,7 +250,13 @@ func (r *shooting) settled() error {
 			return err
 		}
 	}
-	return r.k.onlyResidents()
+	if err := r.k.onlyResidents(); err != nil {
+		return err
+	}
+	if out, code := r.l.Fsck(); code != 0 {
+		return fmt.Errorf("sampan fsck: exit code %d:\n%s", code, out)
+	}
+	return nil
 }
 
 func ignoreAbsent(err error) error {

@@ -311,6 +311,16 @@ func (l *Lab) logTail() string {
 	return "daemon's log ends:\n" + string(bytes.Join(rows, []byte("\n")))
 }
 
+// Fsck runs `sampan fsck` and returns what it printed and its exit code.
+func (l *Lab) Fsck(args ...string) (output string, code int) {
+	cmd := exec.Command(l.Binary, append([]string{"fsck", "--config", l.config}, args...)...)
+	out, err := cmd.CombinedOutput()
+	if err != nil && cmd.ProcessState == nil {
+		return err.Error(), -1
+	}
+	return string(out), cmd.ProcessState.ExitCode()
+}
+
 // Crictl runs crictl against the daemon and returns what it printed; a failure
 // of it is an error.
 func (l *Lab) Crictl(args ...string) (stdout, stderr string, err error) {

@@ -204,6 +204,19 @@ func (l *Lab) tearDown(t testing.TB) {
 	}
 }
 
+// PowerOff ends what a machine's end would end: all processes that are not the
+// test's, mounts, links, namespaces, cgroups and the firewall's rules. Files stay.
+func (l *Lab) PowerOff() error {
+	now, err := l.snapshot()
+	if err != nil {
+		return err
+	}
+	if err := l.removeSince(now.since(l.fresh, regexp.MustCompile(`^file |^nft |^element `))); err != nil {
+		return err
+	}
+	return exec.Command("nft", "flush", "ruleset").Run()
+}
+
 // reset lets the product remove what it left on purpose.
 func (l *Lab) reset() error {
 	out, err := exec.Command(l.Binary, "reset", "--yes", "--config", l.config).CombinedOutput()
@@ -220,7 +233,17 @@ func (l *Lab) sweep() error {
 	if err != nil {
 		return err
 	}
-	left := now.since(l.fresh, regexp.MustCompile(`^file |^nft |^element `))
+	if err := l.removeSince(now.since(l.fresh, regexp.MustCompile(`^file |^nft |^element `))); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(l.State); err != nil {
+		return err
+	}
+	return exec.Command("nft", "flush", "ruleset").Run()
+}
+
+// removeSince takes away what since has listed.
+func (l *Lab) removeSince(left []string) error {
 	slices.Reverse(left) // what is below a mount point or in a cgroup first
 	for _, kind := range []string{"process", "mount", "link", "netns", "cgroup"} {
 		for _, line := range left {
@@ -233,10 +256,7 @@ func (l *Lab) sweep() error {
 			}
 		}
 	}
-	if err := os.RemoveAll(l.State); err != nil {
-		return err
-	}
-	return exec.Command("nft", "flush", "ruleset").Run()
+	return nil
 }
 
 func remove(kind, what string) error {

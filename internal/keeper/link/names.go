@@ -8,6 +8,15 @@ const (
 	ContainersDir  = "containers" // one directory each, by id
 )
 
+// The files of a container that it has until its end, with a terminal without
+// StderrName.
+const (
+	RequestName = "request" // record: what was asked for
+	ProcessName = "process" // record: its first process
+	StdoutName  = "stdout"  // FIFO
+	StderrName  = "stderr"  // FIFO
+)
+
 // ReadyAnswer is what a keeper writes, to the descriptor it was started with,
 // when it serves.
 const ReadyAnswer = "ready"

@@ -25,13 +25,13 @@ import (
 
 // The files in a container's directory, in the order in which they come about.
 const (
-	requestName = "request" // record: what was asked for; before anything is made
-	journalName = "journal" // of the log
-	runtimeName = "runtime" // directory, the OCI runtime's
-	processName = "process" // record: the first process; the container is created
-	startedName = "started" // record: when Start was called; before it has effect
-	pausedName  = "paused"  // empty: it is paused for a checkpoint; before it is
-	statusName  = "status"  // how the process exited, written by the supervisor
+	requestName = link.RequestName // record: what was asked for; before anything is made
+	journalName = "journal"        // of the log
+	runtimeName = "runtime"        // directory, the OCI runtime's
+	processName = link.ProcessName // record: the first process; the container is created
+	startedName = "started"        // record: when Start was called; before it has effect
+	pausedName  = "paused"         // empty: it is paused for a checkpoint; before it is
+	statusName  = "status"         // how the process exited, written by the supervisor
 )
 
 var (

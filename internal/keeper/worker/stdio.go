@@ -19,8 +19,8 @@ import (
 // keeper's ends of them, and, as processName, the handle of the first process.
 const (
 	stdinName   = "stdin"
-	stdoutName  = "stdout"
-	stderrName  = "stderr"
+	stdoutName  = link.StdoutName
+	stderrName  = link.StderrName
 	consoleName = "console"
 )
 

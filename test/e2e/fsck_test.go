@@ -1,0 +1,108 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/test/lab"
+)
+
+// TestFsck breaks one thing after the other and lets `sampan fsck` find it. A
+// damaged layer is fetched again, alone, and nothing happens to a container that
+// has it mounted.
+func TestFsck(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	image := l.Pull(t, "busybox")
+	podConfig := l.PodConfig("box")
+	pod := l.RunPod(t, podConfig)
+	id := l.CreateContainer(t, pod, podConfig, l.ContainerConfig("box", image, "sleep", "1000"))
+	l.StartContainer(t, id)
+	clean := func(when string, args ...string) {
+		t.Helper()
+		if out, code := l.Fsck(args...); code != 0 {
+			t.Errorf("%s: exit code %d\n%s", when, code, out)
+		}
+	}
+	finds := func(want string, args ...string) {
+		t.Helper()
+		if out, code := l.Fsck(args...); code != 1 || !strings.Contains(out, want) {
+			t.Errorf("exit code %d, want 1, and %q in:\n%s", code, want, out)
+		}
+	}
+	clean("while the daemon runs", "--content")
+	l.Stop(t)
+	clean("while it is stopped")
+
+	shm := filepath.Join(l.State, "pods", pod, "shm")
+	if err := unix.Unmount(shm, unix.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	finds("its /dev/shm is not mounted")
+	if err := unix.Mount("shm", shm, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+
+	nobodys := filepath.Join(l.State, "containers", strings.Repeat("ab", 32))
+	if err := os.MkdirAll(nobodys, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	finds("nobody's")
+	clean("repair of what is nobody's", "--repair")
+
+	damageLayer(t, l)
+	clean("without reading files")
+	finds("the content of its files has changed", "--content")
+	if out, code := l.Fsck("--content", "--repair"); code != 1 || !strings.Contains(out, "repaired") {
+		t.Errorf("repair of a layer: exit code %d\n%s", code, out)
+	}
+	l.Start(t)
+	alive(t, l, id) // the layer is mounted still
+	if again := l.Pull(t, "busybox"); again != image {
+		t.Errorf("pulled again: %s, want %s", again, image)
+	}
+	clean("after the layer was fetched again", "--content")
+
+	config := filepath.Join(l.Root, "containers", id, "config")
+	if err := os.Truncate(config, 40); err != nil {
+		t.Fatal(err)
+	}
+	finds("record is damaged")
+	if out, code := l.Fsck("--repair"); code != 2 || !strings.Contains(out, "stop it") {
+		t.Errorf("repair while the daemon runs: exit code %d\n%s", code, out)
+	}
+	l.RemovePod(t, pod)
+}
+
+// damageLayer changes a byte of the largest file of all layers, and nothing that
+// can be seen without reading it.
+func damageLayer(t *testing.T, l *lab.Lab) {
+	t.Helper()
+	var largest string
+	var size int64
+	err := filepath.Walk(filepath.Join(l.Root, "layers", "tree"), func(path string, info os.FileInfo, err error) error {
+		if err == nil && info.Mode().IsRegular() && info.Size() > size {
+			largest, size = path, info.Size()
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(largest, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, 1)
+	if _, err := f.ReadAt(b, size-1); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 0xff
+	if _, err := f.WriteAt(b, size-1); err != nil {
+		t.Fatal(err)
+	}
+}
