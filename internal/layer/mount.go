@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
@@ -40,7 +41,7 @@ type MountSpec struct {
 
 // mounter remembers what the kernel's overlayfs cannot do.
 type mounter struct {
-	noAppend atomic.Bool // "lowerdir+" came with Linux 6.5
+	noAppend atomic.Bool // "lowerdir+" came with Linux 6.7
 }
 
 // Mount mounts the root file system described by m on its target. If overlayfs
@@ -241,6 +242,9 @@ func (v view) mountNew(m MountSpec, lower []string) error {
 		return errNoAppend
 	}
 	defer unix.Close(fsfd)
+	if !checksOptions() {
+		return errNoAppend
+	}
 	for _, dir := range lower {
 		if err := unix.FsconfigSetString(fsfd, "lowerdir+", filepath.Join(v.trees(), dir)); err != nil {
 			return errNoAppend
@@ -271,6 +275,18 @@ func (v view) mountNew(m MountSpec, lower []string) error {
 	defer unix.Close(mfd)
 	return unix.MoveMount(mfd, "", unix.AT_FDCWD, m.Target, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
+
+// checksOptions tells whether overlayfs looks at each option when it is given.
+// Before Linux 6.5 the kernel collects them for mount(2)'s way of reading them,
+// and takes any until the end.
+var checksOptions = sync.OnceValue(func() bool {
+	fsfd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fsfd)
+	return unix.FsconfigSetFlag(fsfd, "no-such-option") != nil
+})
 
 // mountClassic mounts by mount(2), which takes all options in one page: lower
 // directories are named relative to the directory they are in.
