@@ -63,6 +63,6 @@ func newCommand() *cobra.Command {
 		}
 	}
 	add("pods", newRunCommand(), newPodCommand(), newLogsCommand(), newExecCommand(), newImageCommand())
-	add("daemon", newServeCommand(), newStatusCommand(), newConfigCommand(), newBenchCommand(), newResetCommand(), newFsckCommand(), newVersionCommand())
+	add("daemon", newServeCommand(), newStatusCommand(), newConfigCommand(), newBenchCommand(), newResetCommand(), newFsckCommand(), newVersionCommand(), newManCommand())
 	return root
 }

@@ -2,10 +2,12 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"hash/fnv"
 	"net"
+	"path"
 	"path/filepath"
 	"time"
 
@@ -14,7 +16,9 @@ import (
 	"sampan.dev/sampan/internal/config"
 	"sampan.dev/sampan/internal/host/apparmor"
 	"sampan.dev/sampan/internal/network/builtin"
+	"sampan.dev/sampan/internal/pod"
 	"sampan.dev/sampan/internal/reset"
+	"sampan.dev/sampan/internal/systemd"
 )
 
 func newResetCommand() *cobra.Command {
@@ -44,6 +48,9 @@ runs (sampan pod rm --all), for only then do the plugins hear of it.`,
 				conn.Close()
 				return errors.New("reset: a daemon serves " + c.Listen + "; stop it first")
 			}
+			if err := stopUnits(cmd.Context(), c.State); err != nil {
+				return err
+			}
 			return reset.All(cmd.Context(), reset.Target{
 				Root: c.Root, State: c.State, RemoveNetwork: func() error { return builtin.Remove("", "") }, NetNS: "/run/netns",
 				Cgroup: "sampan", Keepers: keeperCgroup(c.State, "*"),
@@ -56,6 +63,33 @@ runs (sampan pod rm --all), for only then do the plugins hear of it.`,
 	cmd.Flags().StringVar(&state, "state", "", "the daemon's state")
 	cmd.Flags().BoolVar(&yes, "yes", false, "do it")
 	return cmd
+}
+
+// stopUnits ends all units of systemd that the daemon has made. Those of pods are
+// everybody's who uses this name.
+func stopUnits(ctx context.Context, state string) error {
+	if !systemd.Running() {
+		return nil
+	}
+	var units systemd.Units
+	defer units.Close()
+	for _, pattern := range []string{pod.UnitPattern, keeperScope(state, "*")} {
+		names, err := units.Named(ctx, pattern)
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			if err := units.Stop(ctx, name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// keeperScope names the scope of a keeper, as keeperCgroup its cgroup.
+func keeperScope(state, keeper string) string {
+	return path.Base(keeperCgroup(state, keeper)) + ".scope"
 }
 
 // keeperCgroup names the cgroup of a keeper. Several daemons on one machine must

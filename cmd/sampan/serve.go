@@ -36,6 +36,7 @@ import (
 	"sampan.dev/sampan/internal/spec"
 	"sampan.dev/sampan/internal/stats"
 	"sampan.dev/sampan/internal/stream"
+	"sampan.dev/sampan/internal/systemd"
 )
 
 // shutdownTime bounds how long calls under way may take after SIGTERM.
@@ -87,6 +88,9 @@ func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
 	o := &slog.HandlerOptions{Level: l}
 	switch format {
 	case "text":
+		if isJournal(w) {
+			return slog.New(newJournalHandler(w, l)), nil
+		}
 		return slog.New(slog.NewTextHandler(w, o)), nil
 	case "json":
 		return slog.New(slog.NewJSONHandler(w, o)), nil
@@ -137,7 +141,9 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	runtimes := handler.Open(programs(cfg), log)
 	defer runtimes.Close()
 	profiles := apparmor.New(apparmor.HostConfig(facts.AppArmor, log))
-	pods, podNetwork, err := openPods(cfg, images, runtimes, profiles, plugins, tracing != nil, facts, log)
+	units := openUnits(cfg)
+	defer units.Close()
+	pods, podNetwork, err := openPods(cfg, images, runtimes, profiles, plugins, units, tracing != nil, facts, log)
 	if err != nil {
 		return err
 	}
@@ -159,7 +165,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	server := cri.NewServer(cri.Config{
 		Pods: pods, Images: images, Network: podNetwork, Stats: figures, Streams: streams, Version: version(),
 		Handlers: runtimes, DefaultHandler: cfg.DefaultHandler,
-		Facts: facts, AppArmor: profiles.Problem, SystemdCgroup: systemdCgroup(cfg), Root: cfg.Root, State: cfg.State, Logger: log,
+		Facts: facts, AppArmor: profiles.Problem, SystemdCgroup: units != nil, Root: cfg.Root, State: cfg.State, Logger: log,
 		Tracer: tracerOf(tracing), Figures: counts.calls,
 	})
 	admin.Register(server, loader(images))
@@ -190,6 +196,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 			}
 		}()
 	}
+	go watch(ctx, cfg.Listen, log)
 	adopted := make(chan struct{})
 	go func() {
 		defer close(adopted)
@@ -273,7 +280,7 @@ func openPlugins(cfg config.Config, log *slog.Logger) (*nri.Plugins, error) {
 	})
 }
 
-func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, profiles *apparmor.AppArmor, plugins *nri.Plugins, tracing bool, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
+func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, profiles *apparmor.AppArmor, plugins *nri.Plugins, units *systemd.Units, tracing bool, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
 	podNetwork, err := openNetwork(cfg, log)
 	if err != nil {
 		return nil, nil, err
@@ -303,16 +310,20 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 		heard = plugins
 	}
 	criu := &host.CRIU{Path: cfg.Checkpoint.CRIU}
+	var podUnits pod.Units
+	if units != nil {
+		podUnits = delegatedUnits{units, initPath}
+	}
 	parts := pod.Config{
 		Root: cfg.Root, State: cfg.State, NetNS: "/run/netns",
 		Images: podImages{images}, Layers: images.Layers(), Network: podNetwork, Plugins: heard,
-		Keeper: keeperDialer(cfg, keeperPath, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
+		Keeper: keeperDialer(cfg, keeperPath, units, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
 		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath, VolumePaths: host.VolumePaths{Program: initPath},
 		Features: handlerFeatures(runtimes),
 		AppArmor: profiles.Profile, SELinux: openSELinux(cfg, log),
 		SweepKeepers: keeperSweeper(cfg),
 		KeeperHolds:  func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
-		Facts:        facts, SystemdCgroup: systemdCgroup(cfg), CDIDirs: []string{"/etc/cdi", "/var/run/cdi"},
+		Facts:        facts, Units: podUnits, CDIDirs: []string{"/etc/cdi", "/var/run/cdi"},
 		CRIU: criu.Check, RestoreImages: cfg.Checkpoint.RestoreImages, Logger: log,
 	}
 	if tracing {
@@ -357,13 +368,20 @@ func openStreams(cfg config.Config, pods *pod.Pods, log *slog.Logger) (*stream.S
 	})
 }
 
-func keeperDialer(cfg config.Config, binary string, log *slog.Logger) func(context.Context, string) (pod.Keeper, error) {
+// keeperDialer starts keepers, and connects to them. Each has a cgroup of its
+// own, that of a scope if systemd makes cgroups, so that it stays when the
+// daemon's unit is stopped.
+func keeperDialer(cfg config.Config, binary string, units *systemd.Units, log *slog.Logger) func(context.Context, string) (pod.Keeper, error) {
 	return func(ctx context.Context, name string) (pod.Keeper, error) {
-		return keeper.Ensure(ctx, keeper.Config{
-			Dir: keeperDir(cfg, name), Binary: binary,
-			Cgroup: keeperCgroup(cfg.State, name),
-			Logger: log.With("keeper", name),
-		})
+		k := keeper.Config{Dir: keeperDir(cfg, name), Binary: binary, Cgroup: keeperCgroup(cfg.State, name), Logger: log.With("keeper", name)}
+		if units != nil {
+			scope := keeperScope(cfg.State, name)
+			k.Cgroup = ""
+			k.Place = func(ctx context.Context, pid int) error {
+				return units.Scope(ctx, scope, "Sampan's keeper of containers "+name, pid)
+			}
+		}
+		return keeper.Ensure(ctx, k)
 	}
 }
 
@@ -405,9 +423,9 @@ func keeperNames(cfg config.Config, digest string) func(podID string) string {
 }
 
 func handlers(cfg config.Config) map[string]keeper.Handler {
-	all := map[string]keeper.Handler{config.BuiltinHandler: {Kind: keeper.Builtin, SystemdCgroup: systemdCgroup(cfg)}}
+	all := map[string]keeper.Handler{config.BuiltinHandler: {Kind: keeper.Builtin}}
 	for name, h := range cfg.Handlers {
-		all[name] = keeper.Handler{Kind: keeper.CLI, Path: h.Path, SystemdCgroup: systemdCgroup(cfg)}
+		all[name] = keeper.Handler{Kind: keeper.CLI, Path: h.Path}
 	}
 	return all
 }
@@ -447,8 +465,26 @@ func systemdCgroup(cfg config.Config) bool {
 	case config.CgroupFS:
 		return false
 	}
-	_, err := os.Stat("/run/systemd/system")
-	return err == nil && host.CgroupMode() == host.CgroupV2
+	return systemd.Running() && host.CgroupMode() == host.CgroupV2
+}
+
+// openUnits returns what makes cgroups with systemd, nil if that is not to.
+func openUnits(cfg config.Config) *systemd.Units {
+	if systemdCgroup(cfg) {
+		return &systemd.Units{}
+	}
+	return nil
+}
+
+// delegatedUnits makes units as package pod wants them. The program run is the
+// init.
+type delegatedUnits struct {
+	*systemd.Units
+	run string
+}
+
+func (u delegatedUnits) Delegate(ctx context.Context, unit, slice, description string) error {
+	return u.Units.Delegate(ctx, systemd.Delegated{Name: unit, Slice: slice, Description: description, Run: []string{u.run}})
 }
 
 // podImages shows the image store as package pod wants it.

@@ -349,6 +349,30 @@ func removeCgroup(ctx context.Context, dir string) error {
 	}
 }
 
+// Vacate moves the processes of a v2 cgroup at dir into one below it, which it
+// makes: only then can cgroups below dir have controllers.
+func Vacate(dir, below string) error {
+	if err := os.Mkdir(filepath.Join(dir, below), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("vacate cgroup: %w", err)
+	}
+	for range 100 {
+		pids, err := procs(dir)
+		if err != nil {
+			return fmt.Errorf("vacate cgroup: %w", err)
+		}
+		if len(pids) == 0 {
+			return nil
+		}
+		for _, pid := range pids {
+			err := os.WriteFile(filepath.Join(dir, below, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0)
+			if err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("vacate cgroup: %w", err)
+			}
+		}
+	}
+	return fmt.Errorf("vacate cgroup %s: processes come as fast as they go: %w", dir, errdefs.ErrUnavailable)
+}
+
 // OOMKills returns how many processes of the cgroup the kernel has killed for
 // want of memory; in v2 those of the cgroups below count too. The error is
 // ErrNotFound if the cgroup is gone and ErrNotImplemented if it has no memory

@@ -50,9 +50,12 @@ type Client struct {
 
 // Config says which keeper a Client talks to.
 type Config struct {
-	Dir    string       // STATE/keepers/NAME, the keeper's own; made if absent
-	Binary string       // of the keeper; "" never starts one
-	Cgroup string       // the keeper's own cgroup, e.g. /sampan.keeper-NAME; "" leaves it in the caller's
+	Dir    string // STATE/keepers/NAME, the keeper's own; made if absent
+	Binary string // of the keeper; "" never starts one
+	Cgroup string // the keeper's own cgroup, e.g. /sampan.keeper-NAME; "" leaves it in the caller's
+	// Place puts a new keeper's process elsewhere before it does anything; nil
+	// leaves it to Cgroup.
+	Place  func(ctx context.Context, pid int) error
 	Logger *slog.Logger // nil discards
 }
 

@@ -45,11 +45,17 @@ func (c *Client) start(ctx context.Context) error {
 	}
 	defer ready.Close()
 	defer readyw.Close()
+	begin, beginw, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer begin.Close()
+	defer beginw.Close()
 
 	cmd := exec.Command(cfg.Binary, link.SupervisorArgs(cfg.Dir, cfg.Cgroup)...)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	cmd.Dir = "/"
-	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = begin, log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := c.withHeld(func(held []link.HeldFD, files []*os.File) error {
 		list, err := link.SaveHeld(held)
@@ -65,6 +71,12 @@ func (c *Client) start(ctx context.Context) error {
 	fault.Point("keeper.launched")
 	go cmd.Wait() // it outlives this process; should it not, it leaves no zombie
 	readyw.Close()
+	if cfg.Place != nil {
+		if err := cfg.Place(ctx, cmd.Process.Pid); err != nil {
+			return err // without the word it ends
+		}
+	}
+	_, _ = beginw.WriteString(link.BeginWord) // to one that has exited; it gives no answer then
 
 	stop := context.AfterFunc(ctx, func() { ready.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()

@@ -142,6 +142,7 @@ func (s *Pods) unreadablePod(id string) podRecord {
 			Metadata: &runtimeapi.PodSandboxMetadata{Name: "unreadable-" + short(id), Namespace: "sampan", Uid: id},
 		}},
 	}
+	r.Cgroup, r.Unit = s.placeCgroup(id, "")
 	if info, err := os.Stat(s.paths.pod(id)); err == nil {
 		r.CreatedAt = info.ModTime()
 	}
@@ -384,7 +385,7 @@ func (s *Pods) sweep(ctx context.Context) {
 		if len(id) < 16 {
 			return s.removeStateDir(s.paths.podState(id))
 		}
-		return errors.Join(host.Unpin(s.paths.netNS(id)), s.removeStateDir(s.paths.podState(id)), s.removeOwnCgroup(ctx, id))
+		return errors.Join(host.Unpin(s.paths.netNS(id)), s.removeStateDir(s.paths.podState(id)), s.removeCgroupsOf(ctx, id))
 	})
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 
 	"sampan.dev/sampan/internal/fault"
@@ -33,7 +34,7 @@ func (s *Pods) startInit(ctx context.Context, p *Pod) error {
 	pins := s.namespaces(p)
 	oci, err := spec.BuildInit(spec.Input{
 		PodID: p.ID, ContainerID: p.ID, Pod: p.Config.PodSandboxConfig, Rootfs: rootfs,
-		Hostname: hostname(p.Config.PodSandboxConfig), CgroupsPath: s.cgroupsPath(p, p.ID),
+		Hostname: hostname(p.Config.PodSandboxConfig), CgroupsPath: path.Join(p.Cgroup, p.ID),
 		Namespaces: spec.Namespaces{Network: pins.Net, IPC: pins.IPC, UTS: pins.UTS, User: pins.User}, Host: s.cfg.Facts,
 	}, "/init")
 	if err != nil {

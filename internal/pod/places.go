@@ -15,43 +15,25 @@ type Places struct {
 // Places returns where a container's resources are accounted. The pod must be
 // the container's.
 func (s *Pods) Places(p Status, containerID string) Places {
-	parent := s.Cgroup(p)
-	at := Places{Cgroup: path.Join(parent, containerID), Writable: filepath.Join(s.paths.container(containerID), "upper")}
+	at := Places{Cgroup: path.Join(p.containersCgroup, containerID), Writable: filepath.Join(s.paths.container(containerID), "upper")}
 	s.mu.RLock()
 	c := s.containers[containerID]
 	s.mu.RUnlock()
 	if c != nil && c.cgroupsPath != "" {
-		at.Cgroup = s.cgroupAt(c.cgroupsPath)
-	} else if s.cfg.SystemdCgroup {
-		at.Cgroup = path.Join(parent, "sampan-"+containerID+".scope")
+		at.Cgroup = path.Join("/", c.cgroupsPath)
 	}
 	return at
 }
 
-// cgroupAt is where a runtime makes the cgroup of a spec's cgroupsPath.
-func (s *Pods) cgroupAt(cgroupsPath string) string {
-	if !s.cfg.SystemdCgroup {
-		return path.Join("/", cgroupsPath)
-	}
-	slice, rest, _ := strings.Cut(cgroupsPath, ":")
-	prefix, name, _ := strings.Cut(rest, ":")
-	if slice == "" {
-		slice = "system.slice"
-	}
-	return path.Join(slicePath(slice), prefix+"-"+name+".scope")
-}
-
-// Cgroup returns the cgroup that a pod's containers are in, below the root of
-// every hierarchy.
+// Cgroup returns the cgroup of the whole pod, below the root of every hierarchy:
+// the client's, if it has named one.
 func (s *Pods) Cgroup(p Status) string {
 	parent := p.Config.GetLinux().GetCgroupParent()
 	switch {
-	case s.cfg.SystemdCgroup && parent == "":
-		return slicePath("sampan.slice")
-	case s.cfg.SystemdCgroup:
-		return slicePath(path.Base(parent))
 	case parent == "":
-		return ownCgroup(p.ID)
+		return p.containersCgroup
+	case strings.HasSuffix(p.containersCgroup, ".service"):
+		return path.Dir(p.containersCgroup)
 	}
 	return path.Join("/", parent)
 }

@@ -220,15 +220,3 @@ func TestPluginLimits(t *testing.T) {
 		}
 	}
 }
-
-func TestCgroupAt(t *testing.T) {
-	for in, want := range map[string]string{"/a/b": "/a/b", "a": "/a"} {
-		if got := (&Pods{}).cgroupAt(in); got != want {
-			t.Errorf("%s: %s, want %s", in, got, want)
-		}
-	}
-	s := &Pods{cfg: Config{SystemdCgroup: true}}
-	if got := s.cgroupAt("a-b.slice:cri:x"); got != "/a.slice/a-b.slice/cri-x.scope" {
-		t.Error(got)
-	}
-}

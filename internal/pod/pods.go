@@ -118,13 +118,13 @@ type Config struct {
 	Features func(ctx context.Context, handler string) (spec.Features, error)
 	// AppArmor returns the name of a profile that the kernel has: the one called
 	// so, or the runtime's default if the name is empty.
-	AppArmor      func(ctx context.Context, name string) (string, error)
-	SELinux       *selinux.SELinux
-	Init          string // the program that is PID 1 of a shared PID namespace
-	VolumePaths   host.VolumePaths
-	Facts         host.Facts
-	SystemdCgroup bool
-	CDIDirs       []string // where CDI specs are; later ones win
+	AppArmor    func(ctx context.Context, name string) (string, error)
+	SELinux     *selinux.SELinux
+	Init        string // the program that is PID 1 of a shared PID namespace
+	VolumePaths host.VolumePaths
+	Facts       host.Facts
+	Units       Units    // makes pods' cgroups; nil makes them without systemd
+	CDIDirs     []string // where CDI specs are; later ones win
 
 	// CRIU finds the program that checkpoints are made and restored with.
 	CRIU func(ctx context.Context) (host.Program, error)
@@ -211,6 +211,7 @@ type Status struct {
 	NetNS               string   // where the network namespace is pinned; empty for the host's
 	Problem             string   // why the pod is not ready, if it was not stopped
 	KeeperName          string
+	containersCgroup    string
 	RuntimeName         string                              // the handler that "" stands for, resolved
 	Overhead, Resources *runtimeapi.LinuxContainerResources // as last updated
 }
@@ -222,7 +223,7 @@ func (p *Pod) Status() Status {
 	return Status{
 		ID: p.ID, Config: p.Config, Handler: p.Handler, CreatedAt: p.CreatedAt,
 		Ready: p.phase == ready, IPs: p.ips, NetNS: p.NetNS, Problem: p.problem,
-		KeeperName: p.Keeper, RuntimeName: p.Runtime, Overhead: p.overhead, Resources: p.resources,
+		KeeperName: p.Keeper, containersCgroup: p.Cgroup, RuntimeName: p.Runtime, Overhead: p.overhead, Resources: p.resources,
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path"
 	"path/filepath"
 	"strings"
 
@@ -131,7 +132,7 @@ func (s *Pods) specInput(ctx context.Context, p *Pod, c *Container, image Image,
 	in := spec.Input{
 		PodID: p.ID, ContainerID: c.ID, Pod: p.Config.PodSandboxConfig, Container: c.Config.ContainerConfig,
 		Image: image.Config, Rootfs: rootfs, Hostname: hostname(p.Config.PodSandboxConfig),
-		CgroupsPath: s.cgroupsPath(p, c.ID), Files: s.files(p), Host: s.cfg.Facts,
+		CgroupsPath: path.Join(p.Cgroup, c.ID), Files: s.files(p), Host: s.cfg.Facts,
 		ProcessLabel: labels.Process, MountLabel: labels.Mount,
 	}
 	var err error

@@ -77,6 +77,8 @@ type podRecord struct {
 	Keeper    string         `json:"keeper"`  // the keeper's name
 	NetNS     string         `json:"netns,omitempty"`
 	Labels    selinux.Labels `json:"selinux,omitzero"`
+	Cgroup    string         `json:"cgroup"`         // in which its containers have theirs, below the root of every hierarchy
+	Unit      string         `json:"unit,omitempty"` // of systemd, whose cgroup that is
 	Config    podConfig      `json:"config"`
 }
 

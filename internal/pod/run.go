@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -117,6 +118,7 @@ func (s *Pods) run(ctx context.Context, config *runtimeapi.PodSandboxConfig, han
 		overhead: config.GetLinux().GetOverhead(), resources: config.GetLinux().GetResources(),
 	}
 	defer close(p.made)
+	p.Cgroup, p.Unit = s.placeCgroup(id, config.GetLinux().GetCgroupParent())
 	if spec.NamespacesOf(config).Network {
 		p.NetNS = s.paths.netNS(id)
 	}
@@ -164,6 +166,9 @@ func (s *Pods) setUp(ctx context.Context, p *Pod) error {
 	if err := os.MkdirAll(filepath.Join(s.paths.podState(p.ID), "ns"), 0o711); err != nil {
 		return err
 	}
+	var unit errgroup.Group
+	unit.Go(func() error { return s.makeUnit(ctx, p) })
+	defer unit.Wait() //nolint:errcheck // whoever undoes this must not be overtaken by it
 	ns := s.namespaces(p)
 	ns.Hostname, ns.Sysctls = hostname(p.Config.PodSandboxConfig), sysctls
 	if err := ns.Create(); err != nil {
@@ -187,6 +192,9 @@ func (s *Pods) setUp(ctx context.Context, p *Pod) error {
 		return err
 	}
 	fault.Point("pod.shm-mounted")
+	if err := unit.Wait(); err != nil {
+		return err
+	}
 	if spec.NamespacesOf(p.Config.PodSandboxConfig).PID {
 		if err := s.startInit(ctx, p); err != nil {
 			return err
@@ -332,6 +340,10 @@ func (s *Pods) release(ctx context.Context, p *Pod) error {
 		errs = append(errs, s.cfg.Network.Detach(ctx, p.ID))
 		fault.Point("pod.detached")
 	}
+	if p.Unit != "" {
+		// It goes with its slice, which the client may end from now on.
+		errs = append(errs, s.removeCgroup(ctx, p))
+	}
 	errs = append(errs, s.namespaces(p).Remove(), host.UnmountUnder(s.paths.podState(p.ID)))
 	if err := errors.Join(errs...); err != nil {
 		return err
@@ -391,10 +403,8 @@ func (s *Pods) undoPod(ctx context.Context, p *Pod) error {
 		return err
 	}
 	fault.Point("pod.files-removed")
-	if p.Config.GetLinux().GetCgroupParent() == "" {
-		if err := s.removeOwnCgroup(ctx, p.ID); err != nil {
-			return err
-		}
+	if err := s.removeCgroup(ctx, p); err != nil {
+		return err
 	}
 	s.tellPodRemoved(ctx, p)
 	if err := s.discard(s.paths.pod(p.ID)); err != nil {

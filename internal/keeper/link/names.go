@@ -21,6 +21,9 @@ const (
 // when it serves.
 const ReadyAnswer = "ready"
 
+// BeginWord is what a keeper waits for on its standard input.
+const BeginWord = "begin\n"
+
 // ReadyFD is that descriptor.
 const ReadyFD = 3
 

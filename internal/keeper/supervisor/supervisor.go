@@ -10,6 +10,7 @@ package supervisor
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -57,6 +58,11 @@ func Run(cfg Config) error {
 	}
 	if cfg.Ready >= 0 {
 		unix.CloseOnExec(cfg.Ready)
+	}
+	if cfg.Handover < 0 {
+		if err := awaitBegin(); err != nil {
+			return err
+		}
 	}
 	// Caught and not heard: what is ignored would stay so in containers.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE, unix.SIGHUP, unix.SIGINT)
@@ -112,6 +118,21 @@ const (
 	shedFirst = 2 * time.Second
 	shedPause = time.Minute
 )
+
+// awaitBegin waits until whoever started this process has put it where it
+// belongs, and says so on its standard input.
+func awaitBegin() error {
+	word := make([]byte, len(link.BeginWord))
+	if _, err := io.ReadFull(os.Stdin, word); err != nil || string(word) != link.BeginWord {
+		return errors.New("whoever started this keeper did not see it through")
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	return unix.Dup2(int(null.Fd()), 0)
+}
 
 type supervisor struct {
 	cfg   Config
