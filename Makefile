@@ -11,6 +11,9 @@
 # make bench        measure Sampan; ARGS="--only pods,exec" goes to sampan bench
 # make bench-compare  measure Sampan and Debian's containerd in turn, and write it to docs/
 # make conformance-repeat N=10   the same N times in a row; fails if any run does
+# make test-vm      what needs a host of its own, in virtual machines: systemd, cgroups of all kinds, packages
+# make deb          a Debian package in bin
+# make dist         a tarball in bin, for any Linux
 # make check        formatting, vet, staticcheck
 # make generate     write the generated Go code anew (needs protoc)
 
@@ -139,6 +142,19 @@ bench-compare: build
 N ?= 10
 conformance-repeat: build
 	SAMPAN_CONFORMANCE=all SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count $(N) -timeout 12h -v ./test/conformance
+
+# The suites that need a host of their own, each in a virtual machine.
+.PHONY: test-vm
+test-vm:
+	@scripts/install-deps vm
+	$(MAKE) deb
+	SAMPAN_VM=all SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -timeout 180m -v ./test/vm
+
+.PHONY: deb dist
+deb: build
+	scripts/package-deb '$(VERSION)'
+dist: build
+	scripts/package-tar '$(VERSION)'
 
 .PHONY: check
 check: .cache/bin/staticcheck

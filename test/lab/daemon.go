@@ -41,14 +41,15 @@ type Lab struct {
 	Runtime runtimeapi.RuntimeServiceClient
 	Images  runtimeapi.ImageServiceClient
 
-	config string
-	level  string
-	log    *os.File
-	env    []string
-	daemon *exec.Cmd
-	exited chan error // the daemon's end
-	fresh  snapshot   // before the daemon first ran
-	ready  snapshot   // when it first answered
+	config  string
+	level   string
+	log     *os.File
+	env     []string
+	daemon  *exec.Cmd
+	unitPid int        // on a node, where there is no daemon of ours
+	exited  chan error // the daemon's end
+	fresh   snapshot   // before the daemon first ran
+	ready   snapshot   // when it first answered
 }
 
 // Options of a lab.
@@ -132,12 +133,16 @@ func (l *Lab) writeConfig(t testing.TB, o Options) {
 		text += fmt.Sprintf("\n[network]\nmode = \"builtin\"\nsubnet = %q\n", Subnet)
 	}
 	l.config = filepath.Join(l.Dir, "config.toml")
-	must(t, os.WriteFile(l.config, []byte(text+"\n"+o.Config), 0o644))
+	must(t, os.WriteFile(l.config, []byte(text+"\n"+o.Config+"\n"+os.Getenv(nodeConfig)), 0o644))
 }
 
 // Start runs the daemon and waits until it answers.
 func (l *Lab) Start(t testing.TB) {
 	t.Helper()
+	if OnNode() {
+		must(t, l.startUnit())
+		return
+	}
 	must(t, l.launch())
 	l.AwaitAnswer(t)
 }
@@ -239,6 +244,10 @@ func (l *Lab) Replace(t testing.TB) {
 // Kill sends the daemon SIGKILL and waits for its end.
 func (l *Lab) Kill(t testing.TB) {
 	t.Helper()
+	if OnNode() {
+		must(t, l.killUnit())
+		return
+	}
 	must(t, l.daemon.Process.Kill())
 	<-l.exited
 	l.daemon = nil
@@ -247,6 +256,10 @@ func (l *Lab) Kill(t testing.TB) {
 // Stop ends the daemon with SIGTERM. It must exit with code 0, soon.
 func (l *Lab) Stop(t testing.TB) {
 	t.Helper()
+	if OnNode() {
+		must(t, l.stopUnit())
+		return
+	}
 	must(t, l.daemon.Process.Signal(unix.SIGTERM))
 	select {
 	case err := <-l.exited:
@@ -262,7 +275,15 @@ func (l *Lab) Stop(t testing.TB) {
 }
 
 // Pid is the daemon's process id.
-func (l *Lab) Pid() int { return l.daemon.Process.Pid }
+func (l *Lab) Pid() int {
+	if l.daemon != nil {
+		return l.daemon.Process.Pid
+	}
+	return l.unitPid
+}
+
+// runs tells whether the daemon was started and not stopped since.
+func (l *Lab) runs() bool { return l.daemon != nil || l.unitPid != 0 }
 
 // Daemons are the pids of the lab's daemons, of which there is one or none.
 func (l *Lab) Daemons() ([]int, error) {
@@ -300,6 +321,9 @@ func (l *Lab) KeeperPids(role string) ([]int, error) {
 // logTail is the end of the daemon's log.
 func (l *Lab) logTail() string {
 	const lines = 60
+	if OnNode() {
+		return journalTail(lines)
+	}
 	text, err := os.ReadFile(l.log.Name())
 	if err != nil {
 		return err.Error()

@@ -39,6 +39,10 @@ func Main(m *testing.M, more ...func(ctx context.Context, cache string) error) {
 	var code int
 	var err error
 	switch {
+	case OnNode():
+		if err = prepareNode(); err == nil {
+			code = m.Run()
+		}
 	case os.Getenv(Binary) == "" || os.Getenv(stage) == "test":
 		os.Exit(m.Run())
 	case os.Getenv(stage) == "init":
@@ -70,7 +74,7 @@ func enter(more []func(ctx context.Context, cache string) error) (int, error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 	defer cancel()
-	if err := prepare(ctx, more); err != nil {
+	if err := Prepare(ctx, more...); err != nil {
 		return 0, err
 	}
 	dir, err := os.MkdirTemp("", "lab-")

@@ -31,6 +31,9 @@ func (l *Lab) snapshot() (snapshot, error) {
 			return nil, err
 		}
 	}
+	if OnNode() {
+		s.onlyOurs()
+	}
 	return s, nil
 }
 
@@ -182,7 +185,7 @@ func (l *Lab) tearDown(t testing.TB) {
 	if t.Failed() {
 		t.Log(l.logTail())
 	}
-	if l.daemon != nil {
+	if l.runs() {
 		if err := l.removeAll(); err != nil {
 			t.Errorf("remove what the test left: %v\n%s", err, l.logTail())
 		}

@@ -22,16 +22,16 @@ func Cache() (string, error) {
 	return filepath.Join(root, ".cache"), nil
 }
 
-// Tool is the path of one of the programs that prepare built: crictl, ginkgo,
+// Tool is the path of one of the programs that Prepare built: crictl, ginkgo,
 // critest.test, runc, or a client's tests in test/clients.
 func Tool(name string) (string, error) {
 	dir, err := Cache()
 	return filepath.Join(dir, "tools", name), err
 }
 
-// prepare builds the images and tools unless they are cached, and whatever more
+// Prepare builds the images and tools unless they are cached, and whatever more
 // there is. One process does it at a time.
-func prepare(ctx context.Context, more []func(context.Context, string) error) error {
+func Prepare(ctx context.Context, more ...func(context.Context, string) error) error {
 	dir, err := Cache()
 	if err != nil {
 		return err

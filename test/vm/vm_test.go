@@ -1,0 +1,150 @@
+package vm_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"sampan.dev/sampan/test/lab"
+	"sampan.dev/sampan/test/vm"
+)
+
+// limits of what a host may need for a step
+const (
+	buildLimit = 15 * time.Minute
+	runLimit   = 40 * time.Minute
+)
+
+// everything says that all variants run, not only the short form.
+func everything() bool { return os.Getenv("SAMPAN_VM") == "all" }
+
+// suite is the image and the payload that all machines share.
+type suite struct {
+	image   vm.Image
+	payload string
+}
+
+func prepare(t *testing.T, packages ...string) suite {
+	t.Helper()
+	if os.Getenv(lab.Binary) == "" {
+		t.Skipf("%s is not set: `make test` builds the daemon and runs this", lab.Binary)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
+	defer cancel()
+	if err := lab.Prepare(ctx); err != nil {
+		t.Fatal(err)
+	}
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	image, err := vm.Build(ctx, filepath.Join(root, ".cache"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	built := time.Now()
+	s := suite{image, filepath.Join(t.TempDir(), "payload.ext4")}
+	if err := vm.Payload(ctx, root, s.payload, packages...); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf("vm: image in %v, payload in %v\n", built.Sub(begin).Round(time.Second), time.Since(built).Round(time.Second))
+	return s
+}
+
+// boot starts a machine that ends with the test.
+func (s suite) boot(t *testing.T, o vm.Options) *vm.VM {
+	t.Helper()
+	o.Disks = append([]vm.Disk{{Path: s.payload, Mount: vm.PayloadDir, ReadOnly: true}}, o.Disks...)
+	begin := time.Now()
+	m, err := s.image.Boot(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the end of the machine's console:\n%s", m.Console())
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	fmt.Printf("vm: boot %s in %v\n", strings.Join(append([]string{"kernel " + o.Kernel}, o.Append...), " "), time.Since(begin).Round(time.Second))
+	return m
+}
+
+// runTests runs compiled tests of a package in the machine.
+func runTests(t *testing.T, m *vm.VM, pkg string, env []string, args ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), runLimit)
+	defer cancel()
+	program, dir := vm.Tests(pkg)
+	begin := time.Now()
+	code, err := m.Run(ctx, vm.Command{
+		Args: append([]string{program, "-test.v", "-test.timeout=" + runLimit.String()}, args...), Dir: dir,
+		Env: append([]string{
+			"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
+			lab.Binary + "=" + vm.PayloadDir + "/bin/sampan",
+		}, env...),
+	}, os.Stdout)
+	fmt.Printf("vm: %s %s in %v\n", pkg, strings.Join(args, " "), time.Since(begin).Round(time.Second))
+	if err != nil || code != 0 {
+		t.Errorf("%s in the machine: exit code %d, %v", pkg, code, err)
+	}
+}
+
+const onNode = lab.Node + "=1"
+
+// cgroupfs is the configuration of a daemon that does not ask systemd.
+const cgroupfs = "SAMPAN_TEST_NODE_CONFIG=[cgroup]\ndriver = \"cgroupfs\""
+
+// TestShort is what takes minutes: a pod's life, kills for want of
+// memory and AppArmor, with systemd on cgroup v2.
+func TestShort(t *testing.T) {
+	if everything() {
+		t.Skip("TestNode runs all of it")
+	}
+	s := prepare(t, "./test/node", "./test/conformance")
+	m := s.boot(t, vm.Options{})
+	runTests(t, m, "./test/node", []string{onNode}, "-test.short", "-test.run=^(TestPlaces|TestRestart|TestOOM)$")
+	runTests(t, m, "./test/conformance", []string{onNode, "SAMPAN_CONFORMANCE_FOCUS=AppArmor"}, "-test.run=^TestBuiltin$")
+}
+
+// TestNode is everything, on each kind of host.
+func TestNode(t *testing.T) {
+	if !everything() {
+		t.Skip("SAMPAN_VM is not all: make test-vm")
+	}
+	s := prepare(t, "./test/node", "./test/conformance", "./internal/host", "./internal/layer", "./internal/stats", "./internal/network/builtin")
+	legacy := []string{"systemd.unified_cgroup_hierarchy=0"}
+	for _, host := range []struct {
+		name     string
+		options  vm.Options
+		env      []string
+		packages []string
+	}{
+		{"v2", vm.Options{}, nil, []string{"./test/node", "./test/conformance", "./internal/host", "./internal/layer", "./internal/stats"}},
+		{"v2 cgroupfs", vm.Options{}, []string{cgroupfs}, []string{"./test/node", "./test/conformance"}},
+		{"hybrid", vm.Options{Append: legacy}, nil, []string{"./test/node", "./internal/host", "./internal/stats"}},
+		{"v1", vm.Options{Append: append(legacy, "systemd.legacy_systemd_cgroup_controller=1")}, nil, []string{"./test/node", "./internal/host", "./internal/stats"}},
+	} {
+		t.Run(host.name, func(t *testing.T) {
+			m := s.boot(t, host.options)
+			for _, p := range host.packages {
+				args := []string{"-test.run=."}
+				if p == "./test/conformance" {
+					args = []string{"-test.run=^TestBuiltin$"}
+				}
+				env := host.env
+				if strings.HasPrefix(p, "./test/") {
+					env = append(env, onNode)
+				}
+				runTests(t, m, p, env, args...)
+			}
+		})
+	}
+}
