@@ -80,7 +80,8 @@ func TestPoints(t *testing.T) {
 		return
 	}
 	for _, p := range points {
-		if !passed[p] {
+		// Checkpoints need CRIU; TestCheckpointKilled of internal/keeper kills in one.
+		if !passed[p] && !strings.HasPrefix(p, "record.checkpoint.") {
 			t.Errorf("fault point %s: no scenario passes it", p)
 		}
 	}
