@@ -72,6 +72,7 @@ type Config struct {
 // has only one, to the Logger.
 func New(c Config) ociruntime.Runtime {
 	forwardLog(c.Logger)
+	lockedMemory() // while it is what it was
 	d := &driver{systemd: c.SystemdCgroup}
 	if !c.Libcontainer {
 		var err error
@@ -100,18 +101,20 @@ func (d *driver) Create(ctx context.Context, c ociruntime.Container, bundle stri
 	if err != nil {
 		return ociruntime.Started{}, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
 	}
+	process := withStartLimits(spec.Process)
 	if d.launcher != nil && unfit(spec) == "" && unfitConfig(config) == "" {
-		return d.create(ctx, c, config, spec.Process, stdio)
+		return d.create(ctx, c, config, process, stdio)
 	}
 	container, err := libcontainer.Create(c.StateDir, c.ID, config)
 	if err != nil {
 		return ociruntime.Started{}, classify(err)
 	}
-	return run(container, spec.Process, stdio, true)
+	return run(container, process, stdio, true)
 }
 
 // Exec starts a further process.
 func (d *driver) Exec(ctx context.Context, c ociruntime.Container, first host.Process, p *specs.Process, stdio ociruntime.Stdio) (ociruntime.Started, error) {
+	p = withStartLimits(p)
 	if d.launcher != nil && unfitProcess(p) == "" {
 		started, err := d.exec(ctx, c, first, p, stdio)
 		if !errors.Is(err, errNoEntry) {

@@ -18,13 +18,11 @@ import (
 	"sampan.dev/sampan/internal/ociruntime/conformance"
 )
 
-// look tells what a process sees of its container. The limit of locked memory is
-// left out: on cgroup v2 the library that sets the rules for devices lifts this
-// process' own when it does so for the first time, and containers inherit it.
+// look tells what a process sees of its container.
 const look = `
 	echo "== status"; grep -E '^(Name|Umask|Tgid|PPid|TracerPid|Uid|Gid|Groups|NSpid|NSsid|NSpgid|Cap.*|NoNewPrivs|Seccomp.*|Sig(Ign|Blk)|Cpus_allowed_list|Mems_allowed_list):' /proc/self/status
 	echo "== environment"; tr '\0' '\n' </proc/self/environ
-	echo "== limits"; grep -v '^Max locked memory' /proc/self/limits
+	echo "== limits"; cat /proc/self/limits
 	echo "== mounts"; cut -d' ' -f4- /proc/self/mountinfo | grep -v /sys/fs/cgroup/; grep /sys/fs/cgroup/ /proc/self/mountinfo | cut -d' ' -f4- | sort
 	echo "== cgroup"; cat /proc/self/cgroup; cat /proc/self/oom_score_adj
 	echo "== devices"; ls -ln /dev /dev/pts /dev/console 2>&1
@@ -181,6 +179,44 @@ func TestParity(t *testing.T) {
 			}
 			if diff := cmp.Diff(strings.Split(further[0], "\n"), strings.Split(further[1], "\n")); diff != "" {
 				t.Errorf("a further process, libcontainer's (-) and launched (+):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestLockedMemory: what a library does to this process' limit of locked memory
+// shows in no container.
+func TestLockedMemory(t *testing.T) {
+	lab := conformance.NewLab(t)
+	for name, factory := range map[string]conformance.Factory{"libcontainer": newLibcontainer, "launched": newLaunching} {
+		t.Run(name, func(t *testing.T) {
+			runtime := factory(t)
+			var start unix.Rlimit
+			if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &start); err != nil {
+				t.Fatal(err)
+			}
+			// To raise it takes more than a test may have.
+			if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: 4096, Max: start.Max}); err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Setrlimit(unix.RLIMIT_MEMLOCK, &start)
+			shown := func(soft uint64) string {
+				if soft == unix.RLIM_INFINITY {
+					return "unlimited\n"
+				}
+				return fmt.Sprintf("%d\n", soft/1024)
+			}
+			given := []specs.POSIXRlimit{{Type: "RLIMIT_MEMLOCK", Soft: 8192, Hard: 8192}}
+			c := lab.Run(t, runtime, []string{"sh", "-c", "ulimit -l; sleep 60"})
+			defer c.Delete()
+			c.Expect(shown(start.Cur))
+			p := c.Process("sh", "-c", "ulimit -l")
+			if out, _, err := c.Exec(p, ""); err != nil || out != shown(start.Cur) {
+				t.Errorf("exec: %q, error %v; want %q", out, err, shown(start.Cur))
+			}
+			p.Rlimits = given
+			if out, _, err := c.Exec(p, ""); err != nil || out != shown(8192) {
+				t.Errorf("exec with a limit: %q, error %v; want %q", out, err, shown(8192))
 			}
 		})
 	}

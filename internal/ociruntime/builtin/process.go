@@ -2,6 +2,8 @@ package builtin
 
 import (
 	"fmt"
+	"slices"
+	"sync"
 
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
@@ -51,6 +53,30 @@ func convertProcess(p *specs.Process) (*libcontainer.Process, error) {
 	}
 	lp.CPUAffinity = affinity
 	return lp, nil
+}
+
+// lockedMemory is the limit of locked memory that this process was started with.
+// On cgroup v2 the library that sets the rules for devices lifts it for all of this
+// process, when it sets the first.
+var lockedMemory = sync.OnceValue(func() *specs.POSIXRlimit {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) != nil {
+		return nil
+	}
+	return &specs.POSIXRlimit{Type: "RLIMIT_MEMLOCK", Soft: limit.Cur, Hard: limit.Max}
+})
+
+// withStartLimits returns p with the limits that its process would have inherited
+// if nothing had changed this one's since New: no container is to be different
+// for being the second.
+func withStartLimits(p *specs.Process) *specs.Process {
+	limit := lockedMemory()
+	if limit == nil || slices.ContainsFunc(p.Rlimits, func(l specs.POSIXRlimit) bool { return l.Type == limit.Type }) {
+		return p
+	}
+	with := *p
+	with.Rlimits = append(slices.Clip(p.Rlimits), *limit)
+	return &with
 }
 
 var rlimits = map[string]int{
