@@ -179,6 +179,11 @@ func (r *runner) each(ctx context.Context, do func(*target) error) {
 // fail ends the case under way for a target.
 func (r *runner) fail(t *target, err error) {
 	r.failed[t] = true
+	r.note(t, err)
+}
+
+// note records a failure that leaves the rest of the case to be done.
+func (r *runner) note(t *target, err error) {
 	r.results.Failures = append(r.results.Failures, Failure{Target: t.Name, Case: r.current, Error: err.Error()})
 	r.progress("%s: %v", t.Name, err)
 }

@@ -107,9 +107,7 @@ func (r *runner) lists(ctx context.Context) {
 			if err != nil {
 				return err
 			}
-			if err := r.ask(ctx, t, pods, variant, seen[t]); err != nil {
-				return err
-			}
+			r.ask(ctx, t, pods, variant, seen[t])
 			return t.removeAll(ctx)
 		})
 		r.collect(seen)
@@ -136,8 +134,9 @@ func (r *runner) fill(ctx context.Context, t *target, n int) ([]*pod, error) {
 	})
 }
 
-// ask makes each call that a kubelet makes again and again.
-func (r *runner) ask(ctx context.Context, t *target, pods []*pod, variant string, seen *samples) error {
+// ask makes each call that a kubelet makes again and again. One that fails does not
+// keep the others from being made.
+func (r *runner) ask(ctx context.Context, t *target, pods []*pod, variant string, seen *samples) {
 	calls := []struct {
 		name string
 		call func() error
@@ -172,14 +171,14 @@ func (r *runner) ask(ctx context.Context, t *target, pods []*pod, variant string
 		for i := range r.o.N + 1 {
 			began := time.Now()
 			if err := c.call(); err != nil {
-				return fmt.Errorf("%s: %w", c.name, err)
+				r.note(t, fmt.Errorf("%s: %w", c.name, err))
+				break
 			}
 			if i > 0 { // the first one warms up
 				seen.ms(variant, c.name, time.Since(began))
 			}
 		}
 	}
-	return nil
 }
 
 // density makes pods up to a number, and looks at how the node does on the way.
