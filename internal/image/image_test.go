@@ -766,6 +766,7 @@ func TestMend(t *testing.T) {
 	if after, err := os.Stat(kept); err != nil || !os.SameFile(before, after) {
 		t.Errorf("the layer that was not lost was fetched again: %v", err)
 	}
+	s.Close(t.Context()) // waits for what is removed
 	if findings, _, err := layer.Check(t.Context(), s.Layers().Root(), true); err != nil || len(findings) != 0 {
 		t.Errorf("check afterwards: %+v, %v", findings, err)
 	}

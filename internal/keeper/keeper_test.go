@@ -199,6 +199,9 @@ func (l *lab) output(path string) string {
 	}
 	var b strings.Builder
 	for line := range strings.Lines(string(data)) {
+		if !strings.HasSuffix(line, "\n") {
+			break // being written
+		}
 		f := strings.SplitN(strings.TrimSuffix(line, "\n"), " ", 4)
 		if len(f) != 4 {
 			l.t.Fatalf("malformed line %q", line)

@@ -31,7 +31,7 @@ func (s *service) Create(ctx context.Context, r *api.CreateRequest) (*api.Create
 		return nil, fmt.Errorf("container id %q: %w", r.Id, errdefs.ErrInvalidArgument)
 	}
 	w := s.w
-	if !w.begin(r.Id, func(c *container) {
+	c := w.begin(r.Id, func(c *container) {
 		c.create(keeper.CreateRequest{
 			ID: r.Id, PodID: r.PodId, Bundle: r.Bundle, LogPath: r.LogPath, ExitRecord: r.ExitRecord,
 			Terminal: r.Terminal, Stdin: r.Stdin, StdinOnce: r.StdinOnce,
@@ -40,12 +40,12 @@ func (s *service) Create(ctx context.Context, r *api.CreateRequest) (*api.Create
 				Kind: keeper.HandlerKind(r.GetHandler().GetKind()), Path: r.GetHandler().GetPath(), SystemdCgroup: r.GetHandler().GetSystemdCgroup(),
 			},
 		})
-	}) {
+	})
+	if c == nil {
 		<-ctx.Done() // this process is ending; the caller asks the next one
 		return nil, context.Cause(ctx)
 	}
-	c, err := w.container(ctx, r.Id)
-	if err != nil {
+	if err := c.made(ctx); err != nil {
 		return nil, err
 	}
 	return &api.CreateResponse{Process: toAPIProcess(c.process)}, nil
@@ -58,20 +58,21 @@ func restoreOf(r *api.CreateRequest) *keeper.Checkpoint {
 	return &keeper.Checkpoint{Dir: r.Restore.Dir, CRIU: r.Restore.Criu}
 }
 
-// begin makes a container unless there is one called id. It is false if this
+// begin makes a container unless there is one called id. It is nil if this
 // keeper makes none any more.
-func (w *worker) begin(id string, create func(*container)) bool {
+func (w *worker) begin(id string, create func(*container)) *container {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.leaves {
-		return false
+		return nil
 	}
-	if _, ok := w.containers[id]; !ok {
-		c := w.newContainer(id)
+	c, ok := w.containers[id]
+	if !ok {
+		c = w.newContainer(id)
 		w.containers[id] = c
 		go create(c)
 	}
-	return true
+	return c
 }
 
 // opTimeout bounds an operation that does not end with its caller.

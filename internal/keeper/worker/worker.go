@@ -372,11 +372,17 @@ func (w *worker) container(ctx context.Context, id string) (*container, error) {
 	if !ok {
 		return nil, fmt.Errorf("container %s: %w", id, errdefs.ErrNotFound)
 	}
+	return c, c.made(ctx)
+}
+
+// made waits until the container is created or adopted; if it is not to be, the
+// error is why.
+func (c *container) made(ctx context.Context) error {
 	select {
 	case <-c.ready:
-		return c, c.failure
+		return c.failure
 	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+		return context.Cause(ctx)
 	}
 }
 
