@@ -41,7 +41,7 @@ func Run(t *testing.T, factory Factory) {
 	}
 	first.Delete()
 	first.Wait()
-	before := takeStock(t)
+	before := lab.takeStock(t)
 	t.Run("suite", func(t *testing.T) {
 		for _, test := range []struct {
 			name string
@@ -78,7 +78,7 @@ func Run(t *testing.T, factory Factory) {
 			t.Run(test.name, test.run)
 		}
 	})
-	before.compare(t)
+	lab.compare(t, before)
 }
 
 type suite struct {
@@ -750,7 +750,7 @@ type stock struct {
 	fds, goroutines, children, mounts int
 }
 
-func takeStock(t *testing.T) stock {
+func (l *Lab) takeStock(t *testing.T) stock {
 	t.Helper()
 	runtime.GC() // libcontainer leaves the handle of each process to the collector
 	runtime.GC()
@@ -759,7 +759,7 @@ func takeStock(t *testing.T) stock {
 	if err != nil {
 		t.Fatal(err)
 	}
-	mounts, err := host.MountPoints("/")
+	mounts, err := host.MountPoints(l.dir) // others on the machine may mount, too
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -781,11 +781,11 @@ func children(t *testing.T) int {
 }
 
 // compare fails the test if there is more of anything than before.
-func (before stock) compare(t *testing.T) {
+func (l *Lab) compare(t *testing.T, before stock) {
 	t.Helper()
 	var after stock
 	for range 20 { // goroutines and collected handles may take a moment
-		after = takeStock(t)
+		after = l.takeStock(t)
 		if after.fds <= before.fds && after.goroutines <= before.goroutines && after.children <= before.children && after.mounts <= before.mounts {
 			return
 		}
