@@ -1070,7 +1070,8 @@ static long do_seccomp(const struct step *s)
 
 /*
  * do_procfs makes a procfs of our own in which there is nothing but processes,
- * as long as we may: the FIFO can only be opened by way of one.
+ * as long as we may: the FIFO can only be opened by way of one, and AppArmor only
+ * told by way of one.
  */
 static long do_procfs(const struct step *s)
 {
@@ -1082,6 +1083,30 @@ static long do_procfs(const struct step *s)
 	PASS(mount);
 	TRY(sys(__NR_dup3, mount, PROCFS_FD, O_CLOEXEC), "dup");
 	close_fd((int)mount);
+	return 0;
+}
+
+/*
+ * do_apparmor asks for the profile of what is executed next, in a procfs that
+ * nobody else has: on another the write might go elsewhere.
+ */
+static long do_apparmor(const struct step *s)
+{
+	char command[PATH_MAX] = "exec ";
+	const char *profile = string(s, 0);
+	size_t n = length(profile);
+	long fd, written;
+
+	if (n + sizeof("exec ") > sizeof(command))
+		return fail("profile", -ENAMETOOLONG);
+	memcpy(command + 5, profile, n + 1);
+	fd = sys(__NR_openat, PROCFS_FD, "self/attr/apparmor/exec", O_WRONLY | O_CLOEXEC, 0);
+	if (fd == -ENOENT) /* before Linux 5.8, or with AppArmor alone */
+		fd = sys(__NR_openat, PROCFS_FD, "self/attr/exec", O_WRONLY | O_CLOEXEC, 0);
+	TRY(fd, "open attr/exec");
+	written = sys(__NR_write, fd, command, n + 5);
+	close_fd((int)fd);
+	TRY(written, "write attr/exec");
 	return 0;
 }
 
@@ -1206,6 +1231,7 @@ static long (*const steps[])(const struct step *) = {
 	[SECCOMP] = do_seccomp,
 	[FIFO] = do_fifo,
 	[EXECUTE] = do_execute,
+	[APPARMOR] = do_apparmor,
 };
 
 /* give_up tells why a step has failed: the keeper, or else whoever reads stderr. */

@@ -30,7 +30,7 @@ enum code {
 	DOMAINNAME,  /* name */
 	SYSCTL,      /* path below /proc/sys, value */
 	MKDIR,       /* path */
-	PROCFS,      /* before FIFO */
+	PROCFS,      /* before FIFO and APPARMOR */
 	NONEWPRIVS,  /* */
 	SETUMASK,    /* mask */
 	SYNC,        /* message */
@@ -42,6 +42,7 @@ enum code {
 	SECCOMP,     /* flags; then the filter */
 	FIFO,        /* */
 	EXECUTE,     /* */
+	APPARMOR,    /* profile; of what EXECUTE executes, behind PROCFS */
 };
 
 /* Options of MOUNT and BIND. */

@@ -62,7 +62,7 @@ func unfitProcess(p *specs.Process) string {
 		return "process.commandLine"
 	case p.User.Username != "":
 		return "process.user.username"
-	case p.ApparmorProfile != "":
+	case strings.ContainsRune(p.ApparmorProfile, 0):
 		return "process.apparmorProfile"
 	case p.SelinuxLabel != "":
 		return "process.selinuxLabel"

@@ -3,6 +3,7 @@ package builtin_test
 import (
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sampan.dev/sampan/internal/host"
+	"sampan.dev/sampan/internal/host/apparmor"
 	"sampan.dev/sampan/internal/ociruntime/conformance"
 )
 
@@ -25,6 +27,7 @@ const look = `
 	echo "== limits"; cat /proc/self/limits
 	echo "== mounts"; cut -d' ' -f4- /proc/self/mountinfo | grep -v /sys/fs/cgroup/; grep /sys/fs/cgroup/ /proc/self/mountinfo | cut -d' ' -f4- | sort
 	echo "== cgroup"; cat /proc/self/cgroup; cat /proc/self/oom_score_adj
+	echo "== profile"; cat /proc/self/attr/apparmor/current || cat /proc/self/attr/current
 	echo "== devices"; ls -ln /dev /dev/pts /dev/console 2>&1
 	echo "== files"; ls -l /proc/self/fd | wc -l; pwd; hostname; tty; cat /proc/self/comm /proc/self/coredump_filter
 	echo "== namespaces"; for n in mnt pid net ipc uts cgroup; do [ /proc/1/ns/$n -ef /proc/self/ns/$n ] && echo "$n of init"; done
@@ -125,12 +128,31 @@ var variants = map[string]func(t *testing.T, s *specs.Spec){
 		s.Hostname = ""
 		s.Linux.ReadonlyPaths = []string{"/proc/sys"}
 	},
+	"AppArmor": func(t *testing.T, s *specs.Spec) {
+		s.Process.ApparmorProfile = loadedProfile(t)
+	},
+	"AppArmor without no_new_privs": func(t *testing.T, s *specs.Spec) {
+		s.Process.ApparmorProfile, s.Process.NoNewPrivileges = loadedProfile(t), false
+		s.Process.User.UID = 7
+	},
 	"seccomp": func(_ *testing.T, s *specs.Spec) {
 		s.Linux.Seccomp = &specs.LinuxSeccomp{
 			DefaultAction: specs.ActAllow, Architectures: []specs.Arch{specs.ArchX86_64, specs.ArchAARCH64},
 			Syscalls: []specs.LinuxSyscall{{Names: []string{"mkdir", "mkdirat", "no_such_call"}, Action: specs.ActErrno}},
 		}
 	},
+}
+
+// loadedProfile is a profile of AppArmor that the kernel has.
+func loadedProfile(t *testing.T) string {
+	if !host.HasAppArmor() {
+		t.Skip("probe: no AppArmor in this kernel")
+	}
+	a := apparmor.New(apparmor.HostConfig(true, slog.New(slog.NewTextHandler(t.Output(), nil))))
+	if _, err := a.Profile(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	return apparmor.DefaultProfile
 }
 
 // Names that are different each time.
@@ -172,6 +194,13 @@ func TestParity(t *testing.T) {
 					t.Fatalf("exec: %q, exit code %d, error %v", out, code, err)
 				}
 				further[i] = normal(out)
+				if profile := spec.Process.ApparmorProfile; profile != "" {
+					for _, seen := range []string{first[i], further[i]} {
+						if !strings.Contains(seen, profile+" (enforce)\n") {
+							t.Errorf("it is not confined by %s:\n%s", profile, seen)
+						}
+					}
+				}
 				c.Delete()
 			}
 			if diff := cmp.Diff(strings.Split(first[0], "\n"), strings.Split(first[1], "\n")); diff != "" {
@@ -184,6 +213,14 @@ func TestParity(t *testing.T) {
 	}
 }
 
+// lockedAtStart is the limit before anything has changed it.
+var lockedAtStart = func() (l unix.Rlimit) {
+	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &l); err != nil {
+		panic(err)
+	}
+	return l
+}()
+
 // TestLockedMemory: what a library does to this process' limit of locked memory
 // shows in no container.
 func TestLockedMemory(t *testing.T) {
@@ -191,15 +228,16 @@ func TestLockedMemory(t *testing.T) {
 	for name, factory := range map[string]conformance.Factory{"libcontainer": newLibcontainer, "launched": newLaunching} {
 		t.Run(name, func(t *testing.T) {
 			runtime := factory(t)
-			var start unix.Rlimit
-			if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &start); err != nil {
+			var now unix.Rlimit
+			if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &now); err != nil {
 				t.Fatal(err)
 			}
 			// To raise it takes more than a test may have.
-			if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: 4096, Max: start.Max}); err != nil {
+			if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: 4096, Max: now.Max}); err != nil {
 				t.Fatal(err)
 			}
-			defer unix.Setrlimit(unix.RLIMIT_MEMLOCK, &start)
+			defer unix.Setrlimit(unix.RLIMIT_MEMLOCK, &now)
+			start := lockedAtStart
 			shown := func(soft uint64) string {
 				if soft == unix.RLIM_INFINITY {
 					return "unlimited\n"

@@ -110,6 +110,7 @@ func sharedOnly(propagation int) int {
 
 // planUser adds the end of every plan but its last step: limits, confinement, the
 // user, the program.
+// A profile of AppArmor takes a procfs.
 func planUser(p *launch.Plan, process *specs.Process, umask *uint32, f filter) error {
 	for _, limit := range process.Rlimits {
 		number, ok := rlimits[limit.Type]
@@ -117,6 +118,9 @@ func planUser(p *launch.Plan, process *specs.Process, umask *uint32, f filter) e
 			return fmt.Errorf("process.rlimits: no such limit: %q", limit.Type)
 		}
 		p.Rlimit(limit.Type, number, limit.Soft, limit.Hard)
+	}
+	if process.ApparmorProfile != "" {
+		p.AppArmor(process.ApparmorProfile)
 	}
 	if process.NoNewPrivileges {
 		p.NoNewPrivileges()

@@ -67,6 +67,11 @@ func TestStepErrors(t *testing.T) {
 			p.Root(t.TempDir(), unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE)
 			p.Bind(absent, "a", true, Attributes{}, 0, -1)
 		}, "mount " + absent + " at /a: open_tree: no such file or directory"},
+		"no such profile": {func(p *Plan) {
+			p.Procfs()
+			p.AppArmor("no-such-profile")
+		}, "process.apparmorProfile: no-such-profile: "},
+		"no procfs for a profile": {func(p *Plan) { p.AppArmor("a") }, "process.apparmorProfile: a: open attr/exec: "},
 		"no such program": {func(p *Plan) {
 			p.Environment(0, []string{"PATH=/no/such:/neither"})
 			p.Arguments([]string{"nothing"})

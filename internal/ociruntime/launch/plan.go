@@ -49,6 +49,7 @@ const (
 	stepSeccomp
 	stepFIFO
 	stepExecute
+	stepAppArmor
 )
 
 // Options of Mount and Bind.
@@ -215,7 +216,12 @@ func (p *Plan) Sysctl(path, value string) {
 // Mkdir makes a directory with all above it.
 func (p *Plan) Mkdir(path string) { p.add(stepMkdir, "directory /"+path, nil, nil, path) }
 
-// Procfs makes what FIFO needs, while the process may.
+// AppArmor has the program be confined by a profile. It comes behind Procfs.
+func (p *Plan) AppArmor(profile string) {
+	p.add(stepAppArmor, "process.apparmorProfile: "+profile, nil, nil, profile)
+}
+
+// Procfs makes what FIFO and AppArmor need, while the process may.
 func (p *Plan) Procfs() { p.add(stepProcfs, "procfs", nil, nil) }
 
 // NoNewPrivileges sets no_new_privs.
