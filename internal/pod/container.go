@@ -178,6 +178,7 @@ func (s *Pods) CreateContainer(ctx context.Context, podID string, config *runtim
 			}
 			return c.ID, nil
 		}
+		s.readyAttach()
 		return s.createContainer(ctx, p, config)
 	})
 	if err != nil {

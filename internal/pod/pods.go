@@ -162,6 +162,7 @@ type Pods struct {
 
 	hostUserNamespaces func() error // nil, or why there are none; tried out once
 	sweeping           atomic.Bool  // of keepers that were let go; it comes soon
+	readying           atomic.Bool  // of the kernel; see readyAttach
 
 	events events
 	// Since the start: leftovers that were removed, and connections to keepers

@@ -42,6 +42,7 @@ func (s *Pods) Run(ctx context.Context, config *runtimeapi.PodSandboxConfig, han
 		if p := s.podLike(config); p != nil {
 			return rerun(p)
 		}
+		s.readyAttach()
 		return s.run(ctx, config, handler, runtime)
 	})
 	if err != nil {
@@ -54,6 +55,20 @@ func (s *Pods) Run(ctx context.Context, config *runtimeapi.PodSandboxConfig, han
 		}
 	}
 	return id, nil
+}
+
+// readyAttach has the kernel get ready, in the background, to move the processes of
+// containers that are about to be made; see host.ReadyAttach. The keeper does so
+// too, when it is asked to make them, which is late. In cgroup v2 they are born
+// where they belong.
+func (s *Pods) readyAttach() {
+	if host.CgroupMode() == host.CgroupV2 || !s.readying.CompareAndSwap(false, true) {
+		return
+	}
+	s.work.Go(func() {
+		defer s.readying.Store(false)
+		host.ReadyAttach()()
+	})
 }
 
 func (p *Pod) isLike(config *runtimeapi.PodSandboxConfig, handler string) error {
