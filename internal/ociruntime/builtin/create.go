@@ -391,7 +391,6 @@ type entry struct {
 	Umask      *uint32           `json:"umask,omitempty"`
 	OOMScore   *int              `json:"oomScoreAdj,omitempty"`
 	Seccomp    uint              `json:"seccompFlags,omitempty"`
-	AppArmor   string            `json:"apparmorProfile,omitempty"` // of processes that are given none
 }
 
 const (
@@ -402,7 +401,7 @@ const (
 var entryKind = state.Kind{Name: "runtime-entry", Version: 1}
 
 func entryOf(c *configs.Config, m cgroups.Manager) entry {
-	e := entry{Cgroup: m.GetPaths(), Umask: c.Umask, OOMScore: c.OomScoreAdj, AppArmor: c.AppArmorProfile}
+	e := entry{Cgroup: m.GetPaths(), Umask: c.Umask, OOMScore: c.OomScoreAdj}
 	for _, ns := range c.Namespaces {
 		e.Namespaces |= ns.Syscall()
 	}

@@ -32,11 +32,6 @@ func (d *driver) exec(ctx context.Context, c ociruntime.Container, first host.Pr
 	p.Setns("namespaces of the container", handle.Fd(), e.Namespaces&^unix.CLONE_NEWPID)
 	p.Keyring("_ses."+c.ID, 0)
 	planTerminal(p, process, false)
-	if process.ApparmorProfile == "" && e.AppArmor != "" {
-		confined := *process
-		confined.ApparmorProfile = e.AppArmor
-		process = &confined
-	}
 	if process.ApparmorProfile != "" {
 		p.Procfs()
 	}
