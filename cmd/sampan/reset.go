@@ -54,7 +54,7 @@ runs (sampan pod rm --all), for only then do the plugins hear of it.`,
 			return reset.All(cmd.Context(), reset.Target{
 				Root: c.Root, State: c.State, RemoveNetwork: func() error { return builtin.Remove("", "") }, NetNS: "/run/netns",
 				Cgroup: "sampan", Keepers: keeperCgroup(c.State, "*"),
-				Marks: filepath.Join(logRoot, "*", runMark), UnloadProfile: apparmor.Unload,
+				Marks: filepath.Join(logRoot, "*", runMark), UnloadProfile: apparmor.Unload, Plugins: filepath.Dir(c.NRI.SocketPath),
 			})
 		},
 	}

@@ -35,6 +35,7 @@ type Target struct {
 	Cgroup        string // what the cgroups of pods that have no parent are called, before "-" and the start of their id
 	Keepers       string // pattern of the keepers' cgroups
 	Marks         string // pattern of files; the directories they stand in are removed
+	Plugins       string // directory of the socket for plugins; removed if nothing is in it
 }
 
 // All removes everything, going on after an error. What is absent is no error,
@@ -61,6 +62,9 @@ func All(ctx context.Context, t Target) error {
 	}
 	for _, dir := range []string{t.State, t.Root} {
 		failed = append(failed, removeTree(dir))
+	}
+	if err := os.Remove(t.Plugins); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+		failed = append(failed, err)
 	}
 	return errors.Join(failed...)
 }
