@@ -18,11 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sources is where the guest's packages come from.
-const sources = `deb $(scripts/debian-mirror) bookworm main
-deb $(scripts/debian-mirror) bookworm-updates main
-deb $(scripts/debian-mirror) bookworm-backports main
-`
+// suites are what the guest's packages come from, of this machine's mirror.
+var suites = []string{"bookworm", "bookworm-updates", "bookworm-backports"}
 
 // packages are what the guest has beside Debian's essential ones. None of them
 // is needed by Sampan but what the kernel calls: they make a host of it, or are
@@ -82,7 +79,7 @@ func Build(ctx context.Context, cache string) (Image, error) {
 // recipe is a digest of all that decides what the image will be, but the state
 // of the mirror.
 func recipe() string {
-	text := strings.Join([]string{sources, strings.Join(packages, " "), strings.Join(useless, " "), rootSize, kernelsHook, strings.Join(bootModules, " ")}, "\n")
+	text := strings.Join([]string{strings.Join(suites, " "), strings.Join(packages, " "), strings.Join(useless, " "), rootSize, kernelsHook, strings.Join(bootModules, " ")}, "\n")
 	sum := sha256.Sum256([]byte(text))
 	return hex.EncodeToString(sum[:8])
 }
@@ -101,6 +98,10 @@ func lock(path string) (unlock func() error, err error) {
 // build makes the directory image in tmp.
 func build(ctx context.Context, tmp string) error {
 	list, hook := filepath.Join(tmp, "sources.list"), filepath.Join(tmp, "kernels.sh")
+	sources, err := sourcesList(ctx)
+	if err != nil {
+		return err
+	}
 	if err := errors.Join(os.WriteFile(list, []byte(sources), 0o644), os.WriteFile(hook, []byte(kernelsHook), 0o644)); err != nil {
 		return err
 	}
@@ -124,6 +125,19 @@ func build(ctx context.Context, tmp string) error {
 		return err
 	}
 	return makeDisk(ctx, filepath.Join(image, "root.ext4"), rootSize, tree)
+}
+
+// sourcesList is apt's list for the guest.
+func sourcesList(ctx context.Context) (string, error) {
+	mirror, err := exec.CommandContext(ctx, "../../scripts/debian-mirror").Output()
+	if err != nil {
+		return "", fmt.Errorf("find a Debian mirror: %w", err)
+	}
+	var list strings.Builder
+	for _, suite := range suites {
+		fmt.Fprintf(&list, "deb %s %s main\n", strings.TrimSpace(string(mirror)), suite)
+	}
+	return list.String(), nil
 }
 
 // takeKernels moves each kernel out of the tree, and makes the part of its
