@@ -82,7 +82,7 @@ func TestRandomRequests(t *testing.T) {
 	wg.Wait()
 	for name, tally := range tallies {
 		t.Logf("%s: %v", name, tally)
-		if often[name] > 0 && tally.by[codes.OK].Load() == 0 {
+		if often[name] >= 6 && tally.by[codes.OK].Load() == 0 {
 			t.Errorf("%s was never served: the requests are too bad to test much", name)
 		}
 	}
