@@ -63,7 +63,8 @@ func (c *counters) moves() (all, any bool) {
 	return all, any
 }
 
-// awaitPaused waits until none of the containers writes.
+// awaitPaused waits until none of the containers writes: what they wrote before
+// may still be on its way into the logs.
 func (c *counters) awaitPaused() {
 	c.t.Helper()
 	waitFor(c.t, func() bool { _, any := c.moves(); return !any })
@@ -71,9 +72,7 @@ func (c *counters) awaitPaused() {
 
 func (c *counters) wantMoving() {
 	c.t.Helper()
-	if all, _ := c.moves(); !all {
-		c.t.Error("the containers do not go on")
-	}
+	waitFor(c.t, func() bool { all, _ := c.moves(); return all })
 }
 
 func TestCheckpoint(t *testing.T) {
@@ -87,9 +86,7 @@ func TestCheckpoint(t *testing.T) {
 				t.Errorf("image of %s: %q, error %v", target.ID, image, err)
 			}
 		}
-		if _, any := c.moves(); any {
-			t.Error("the containers are not paused")
-		}
+		c.awaitPaused()
 		return nil
 	})
 	if err != nil || !called {
