@@ -33,9 +33,9 @@ func main() {
 func runtimeOf(h keeper.Handler, log *slog.Logger) (ociruntime.Runtime, error) {
 	switch h.Kind {
 	case keeper.Builtin:
-		return builtin.New(builtin.Config{SystemdCgroup: h.SystemdCgroup, Logger: log}), nil
+		return builtin.New(builtin.Config{Logger: log}), nil
 	case keeper.CLI:
-		return cli.New(cli.Config{Path: h.Path, SystemdCgroup: h.SystemdCgroup, Logger: log}), nil
+		return cli.New(cli.Config{Path: h.Path, Logger: log}), nil
 	default:
 		return nil, fmt.Errorf("handler of kind %q: %w", h.Kind, errdefs.ErrInvalidArgument)
 	}

@@ -63,7 +63,7 @@ struct step {
 };
 
 /* What the program sends. An error's text names the system call. */
-enum { READY = 1, JOINED, TERMINAL, FAILED };
+enum { READY = 1, TERMINAL, FAILED };
 
 struct message {
 	uint32_t kind;

@@ -125,7 +125,7 @@ func (c *Client) Create(ctx context.Context, r CreateRequest) (CreateResponse, e
 	req := &api.CreateRequest{
 		Id: r.ID, PodId: r.PodID, Bundle: r.Bundle, LogPath: r.LogPath, ExitRecord: r.ExitRecord,
 		Terminal: r.Terminal, Stdin: r.Stdin, StdinOnce: r.StdinOnce,
-		Handler: &api.Handler{Kind: string(r.Handler.Kind), Path: r.Handler.Path, SystemdCgroup: r.Handler.SystemdCgroup},
+		Handler: &api.Handler{Kind: string(r.Handler.Kind), Path: r.Handler.Path},
 	}
 	if r.Restore != nil {
 		req.Restore = &api.Checkpoint{Dir: r.Restore.Dir, Criu: r.Restore.CRIU}

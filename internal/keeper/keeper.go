@@ -21,9 +21,8 @@ import (
 
 // Handler says how a container is run.
 type Handler struct {
-	Kind          HandlerKind `json:"kind"`
-	Path          string      `json:"path,omitempty"` // of the OCI runtime's command; CLI only
-	SystemdCgroup bool        `json:"systemdCgroup,omitempty"`
+	Kind HandlerKind `json:"kind"`
+	Path string      `json:"path,omitempty"` // of the OCI runtime's command; CLI only
 }
 
 // HandlerKind is Builtin or CLI.

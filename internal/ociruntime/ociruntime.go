@@ -132,8 +132,7 @@ type Runtime interface {
 
 	// OOMKills returns how many processes of the container the kernel has
 	// killed for want of memory so far. It works until Delete, also after the
-	// last process is gone. The error is ErrNotFound if the cgroup is gone,
-	// which the systemd driver does to cgroups without processes, and
+	// last process is gone. The error is ErrNotFound if the cgroup is gone, and
 	// ErrNotImplemented if there is no memory controller.
 	OOMKills(c Container) (uint64, error)
 
@@ -151,7 +150,7 @@ type Runtime interface {
 type CreateRequest struct {
 	// Bundle is a directory with config.json; relative paths in it are relative
 	// to the bundle. It must stay as it is until Delete. linux.cgroupsPath is
-	// set, in the form that the runtime's cgroup driver takes, and names a
+	// set, a path below the top of the cgroup hierarchies, and names a
 	// cgroup that is the container's alone. linux.uidMappings and gidMappings tell
 	// the ids of a user namespace that exists already too. To be checkpointed or
 	// restored, the container needs the annotation criu.ConfigAnnotation, with the

@@ -126,7 +126,6 @@ type Handler struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // "builtin" or "cli"
 	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
-	SystemdCgroup bool                   `protobuf:"varint,3,opt,name=systemd_cgroup,json=systemdCgroup,proto3" json:"systemd_cgroup,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -173,13 +172,6 @@ func (x *Handler) GetPath() string {
 		return x.Path
 	}
 	return ""
-}
-
-func (x *Handler) GetSystemdCgroup() bool {
-	if x != nil {
-		return x.SystemdCgroup
-	}
-	return false
 }
 
 type InfoRequest struct {
@@ -1833,11 +1825,10 @@ const file_keeper_proto_rawDesc = "" +
 	"\aProcess\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x03R\x03pid\x12\x14\n" +
 	"\x05start\x18\x02 \x01(\x04R\x05start\x12\x12\n" +
-	"\x04boot\x18\x03 \x01(\tR\x04boot\"X\n" +
+	"\x04boot\x18\x03 \x01(\tR\x04boot\"7\n" +
 	"\aHandler\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
-	"\x04path\x18\x02 \x01(\tR\x04path\x12%\n" +
-	"\x0esystemd_cgroup\x18\x03 \x01(\bR\rsystemdCgroup\"\r\n" +
+	"\x04path\x18\x02 \x01(\tR\x04pathJ\x04\b\x03\x10\x04\"\r\n" +
 	"\vInfoRequest\"|\n" +
 	"\fInfoResponse\x129\n" +
 	"\n" +

@@ -37,7 +37,7 @@ func (s *service) Create(ctx context.Context, r *api.CreateRequest) (*api.Create
 			Terminal: r.Terminal, Stdin: r.Stdin, StdinOnce: r.StdinOnce,
 			Restore: restoreOf(r),
 			Handler: keeper.Handler{
-				Kind: keeper.HandlerKind(r.GetHandler().GetKind()), Path: r.GetHandler().GetPath(), SystemdCgroup: r.GetHandler().GetSystemdCgroup(),
+				Kind: keeper.HandlerKind(r.GetHandler().GetKind()), Path: r.GetHandler().GetPath(),
 			},
 		})
 	})

@@ -57,10 +57,6 @@ func Init() {
 
 // Config is what New needs.
 type Config struct {
-	// SystemdCgroup has systemd make the containers' cgroups, whose cgroupsPath
-	// then has the form slice:prefix:name.
-	SystemdCgroup bool
-
 	// Libcontainer has libcontainer make all processes, also those that this
 	// package could make itself.
 	Libcontainer bool
@@ -73,18 +69,17 @@ type Config struct {
 func New(c Config) ociruntime.Runtime {
 	forwardLog(c.Logger)
 	lockedMemory() // while it is what it was
-	d := &driver{systemd: c.SystemdCgroup}
+	d := &driver{}
 	if !c.Libcontainer {
 		var err error
 		if d.launcher, err = launcher(); err != nil {
 			c.Logger.Info("containers are started by libcontainer, which takes longer", "err", err)
 		}
 	}
-	return lifecycle.New(d, lifecycle.Config{SystemdCgroup: c.SystemdCgroup, Logger: c.Logger})
+	return lifecycle.New(d, c.Logger)
 }
 
 type driver struct {
-	systemd  bool
 	launcher *launch.Launcher // nil if libcontainer makes all
 	filters  filters
 }
@@ -97,7 +92,7 @@ var launcher = sync.OnceValues(launch.New)
 // sockets whose other ends are here, and the last thing it is told is sent after
 // state.json is written.
 func (d *driver) Create(ctx context.Context, c ociruntime.Container, bundle string, spec *specs.Spec, stdio ociruntime.Stdio) (ociruntime.Started, error) {
-	config, err := d.convert(c.ID, bundle, spec)
+	config, err := convert(c.ID, bundle, spec)
 	if err != nil {
 		return ociruntime.Started{}, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
 	}
@@ -228,7 +223,7 @@ func merge(old *cgroups.Resources, r *specs.LinuxResources) (*cgroups.Resources,
 // Destroy has libcontainer remove what it knows of besides cgroups: resctrl
 // groups. It also runs poststop hooks.
 func (d *driver) Destroy(ctx context.Context, c ociruntime.Container) error {
-	if _, err := os.Lstat(filepath.Join(c.StateDir, entryName)); err == nil && !d.systemd {
+	if _, err := os.Lstat(filepath.Join(c.StateDir, entryName)); err == nil {
 		return nil // it has neither
 	}
 	container, err := libcontainer.Load(c.StateDir, c.ID)
@@ -253,11 +248,10 @@ func (d *driver) Destroy(ctx context.Context, c ociruntime.Container) error {
 }
 
 // convert makes libcontainer's configuration of a spec.
-func (d *driver) convert(id, bundle string, spec *specs.Spec) (*configs.Config, error) {
+func convert(id, bundle string, spec *specs.Spec) (*configs.Config, error) {
 	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
-		CgroupName:       id,
-		UseSystemdCgroup: d.systemd,
-		Spec:             withoutKnownIDs(spec),
+		CgroupName: id,
+		Spec:       withoutKnownIDs(spec),
 	})
 	if err != nil {
 		return nil, err

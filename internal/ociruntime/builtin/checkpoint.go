@@ -44,7 +44,6 @@ type task struct {
 	Container  ociruntime.Container
 	Checkpoint ociruntime.Checkpoint
 	Restore    bool
-	Systemd    bool
 	Bundle     string      // of a restore
 	Spec       *specs.Spec // of a restore
 }
@@ -64,7 +63,7 @@ func (d *driver) Checkpoint(ctx context.Context, c ociruntime.Container, to ocir
 // Restore makes a container of a checkpoint. CRIU is in the container's cgroup
 // while it does, and is killed with it.
 func (d *driver) Restore(ctx context.Context, c ociruntime.Container, bundle string, spec *specs.Spec, stdio ociruntime.Stdio, from ociruntime.Checkpoint) (ociruntime.Started, error) {
-	t := task{Container: c, Checkpoint: from, Restore: true, Systemd: d.systemd, Bundle: bundle, Spec: spec}
+	t := task{Container: c, Checkpoint: from, Restore: true, Bundle: bundle, Spec: spec}
 	if !spec.Process.Terminal {
 		return d.perform(ctx, t, stdio, nil)
 	}
@@ -185,8 +184,7 @@ func (t task) do() (pid int, err error) {
 }
 
 func (t task) restore(o *libcontainer.CriuOpts) (pid int, err error) {
-	d := &driver{systemd: t.Systemd}
-	config, err := d.convert(t.Container.ID, t.Bundle, t.Spec)
+	config, err := convert(t.Container.ID, t.Bundle, t.Spec)
 	if err != nil {
 		return 0, fmt.Errorf("%w: %w", errdefs.ErrInvalidArgument, err)
 	}

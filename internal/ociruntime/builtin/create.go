@@ -111,10 +111,6 @@ func (m *creation) prepare() error {
 func (m *creation) dir() string { return filepath.Join(m.c.StateDir, m.c.ID) }
 
 func (m *creation) prepareCgroup() (err error) {
-	if m.d.systemd { // a unit takes a process
-		m.cgroup, err = manager.New(m.config.Cgroups)
-		return err
-	}
 	dirs, err := lifecycle.CgroupDirs(filepath.Clean("/" + m.config.Cgroups.Path))
 	if err != nil {
 		return err
@@ -149,9 +145,6 @@ func (m *creation) prepareFIFO() error {
 // plan says what the process does.
 func (m *creation) plan() (*launch.Plan, error) {
 	p := &launch.Plan{}
-	if m.d.systemd {
-		p.Sync(launch.Joined)
-	}
 	for _, ns := range m.config.Namespaces {
 		if err := m.planNamespace(p, ns); err != nil {
 			return nil, err
@@ -283,15 +276,10 @@ func attend(process *launch.Process, ours func() error) (ociruntime.Started, err
 // can be, since the rules for devices are changed one by one, and it makes devices
 // meanwhile.
 func (m *creation) enter(pid int) error {
-	if m.d.systemd {
-		if err := m.cgroup.Apply(pid); err != nil {
-			return fmt.Errorf("cgroup: %w", err)
-		}
-	}
 	if err := m.cgroup.Set(m.config.Cgroups.Resources); err != nil {
 		return fmt.Errorf("linux.resources: %w", err)
 	}
-	if !m.d.systemd && !m.born {
+	if !m.born {
 		if err := joinCgroup(m.cgroup.GetPaths(), pid); err != nil {
 			return err
 		}

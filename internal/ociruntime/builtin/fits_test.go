@@ -188,7 +188,7 @@ func TestUnfitValues(t *testing.T) {
 				return
 			}
 			spec.Root.Path = "/rootfs"
-			config, err := (&driver{}).convert("c", "/", spec)
+			config, err := convert("c", "/", spec)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -31,24 +31,16 @@ type Config struct {
 	// Path of the runtime's program.
 	Path string
 
-	// SystemdCgroup has the runtime ask systemd for the containers' cgroups, whose
-	// cgroupsPath then has the form slice:prefix:name.
-	SystemdCgroup bool
-
 	Logger *slog.Logger
 }
 
 // New returns the runtime.
 func New(c Config) ociruntime.Runtime {
-	return lifecycle.New(&driver{path: c.Path, systemd: c.SystemdCgroup}, lifecycle.Config{
-		SystemdCgroup: c.SystemdCgroup,
-		Logger:        c.Logger,
-	})
+	return lifecycle.New(&driver{path: c.Path}, c.Logger)
 }
 
 type driver struct {
-	path    string
-	systemd bool
+	path string
 }
 
 // rootName is the directory in a container's StateDir that the runtime is given

@@ -56,9 +56,6 @@ func (d *driver) run(ctx context.Context, c ociruntime.Container, inv invocation
 	defer log.Close()
 
 	args := []string{"--root", filepath.Join(c.StateDir, rootName), "--log", log.Name(), "--log-format", "json"}
-	if d.systemd {
-		args = append(args, "--systemd-cgroup")
-	}
 	args = append(append(append(args, inv.verb), inv.args...), c.ID)
 	cmd := exec.CommandContext(ctx, d.path, args...)
 	cmd.WaitDelay = stdioDelay

@@ -160,7 +160,6 @@ type Event uint32
 // The events, as in cmd/sampan-launch/plan.h.
 const (
 	Ready    Event = iota + 1 // all but what cannot be undone is done
-	Joined                    // the process wants to be in its cgroup before it goes on
 	Terminal                  // the master of a terminal comes with it
 	failed
 )

@@ -75,24 +75,14 @@ type Driver interface {
 	Destroy(ctx context.Context, c ociruntime.Container) error
 }
 
-// Config is what New needs.
-type Config struct {
-	// SystemdCgroup says that linux.cgroupsPath has the form slice:prefix:name
-	// and that systemd makes the cgroup.
-	SystemdCgroup bool
-
-	Logger *slog.Logger
-}
-
 // New returns the runtime that a driver makes possible.
-func New(d Driver, c Config) ociruntime.Runtime {
-	return &runtime{driver: d, systemd: c.SystemdCgroup, log: c.Logger}
+func New(d Driver, log *slog.Logger) ociruntime.Runtime {
+	return &runtime{driver: d, log: log}
 }
 
 type runtime struct {
-	driver  Driver
-	systemd bool
-	log     *slog.Logger
+	driver Driver
+	log    *slog.Logger
 
 	// updating is held by Update: an update reads all limits of a container and
 	// writes them back, so two at once would undo each other.
@@ -177,7 +167,7 @@ func (r *runtime) create(ctx context.Context, c ociruntime.Container, req ocirun
 
 // plan finds out what undoing the spec will take.
 func (r *runtime) plan(spec *specs.Spec) (undo, error) {
-	dirs, err := r.cgroup(spec.Linux.CgroupsPath)
+	dirs, err := cgroupOf(spec.Linux.CgroupsPath)
 	if err != nil {
 		return undo{}, fmt.Errorf("%w: linux.cgroupsPath %q: %w", errdefs.ErrInvalidArgument, spec.Linux.CgroupsPath, err)
 	}
@@ -196,29 +186,16 @@ func (r *runtime) plan(spec *specs.Spec) (undo, error) {
 	return u, nil
 }
 
-// cgroup returns the directories that a runtime makes for a cgroupsPath.
-func (r *runtime) cgroup(path string) (host.Cgroup, error) {
-	if !r.systemd {
-		if path = filepath.Clean("/" + path); path == "/" {
-			return nil, errors.New("is no cgroup of the container's own")
-		}
-		return CgroupDirs(path)
+// cgroupOf returns the directories that a runtime makes for a cgroupsPath.
+func cgroupOf(path string) (host.Cgroup, error) {
+	if path = filepath.Clean("/" + path); path == "/" {
+		return nil, errors.New("is no cgroup of the container's own")
 	}
-	config := &cgroups.Cgroup{Resources: &cgroups.Resources{}, Systemd: true}
-	parts := strings.Split(path, ":")
-	if len(parts) != 3 {
-		return nil, errors.New("is not of the form slice:prefix:name")
-	}
-	config.Parent, config.ScopePrefix, config.Name = parts[0], parts[1], parts[2]
-	m, err := manager.New(config)
-	if err != nil {
-		return nil, err
-	}
-	return m.GetPaths(), nil
+	return CgroupDirs(path)
 }
 
 // CgroupDirs returns the directories of a cgroup, which need not exist, by
-// controller, where systemd does not make them. The path is absolute and clean.
+// controller. The path is absolute and clean.
 func CgroupDirs(path string) (host.Cgroup, error) {
 	known, err := hierarchies()
 	if err != nil {
