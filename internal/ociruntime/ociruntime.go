@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -227,6 +228,21 @@ func (s Stdio) SetLabel(label string) error {
 		}
 	}
 	return nil
+}
+
+// Streams returns the files as others take them. An interface that holds a nil
+// *os.File is not nil; what is absent here is nil.
+func (s Stdio) Streams() (stdin io.Reader, stdout, stderr io.Writer) {
+	if s.Stdin != nil {
+		stdin = s.Stdin
+	}
+	if s.Stdout != nil {
+		stdout = s.Stdout
+	}
+	if s.Stderr != nil {
+		stderr = s.Stderr
+	}
+	return stdin, stdout, stderr
 }
 
 // Started is a process that Create or Exec has made.

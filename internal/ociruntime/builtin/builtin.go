@@ -131,7 +131,7 @@ func run(container *libcontainer.Container, p *specs.Process, stdio ociruntime.S
 	}
 	process.Init = first
 	if !p.Terminal {
-		attach(process, stdio)
+		process.Stdin, process.Stdout, process.Stderr = stdio.Streams()
 		return begin(container, process)
 	}
 	terminal, err := console.NewPair()
@@ -148,20 +148,6 @@ func run(container *libcontainer.Container, p *specs.Process, stdio ociruntime.S
 		return ociruntime.Started{}, errors.Join(err, lifecycle.Discard(started))
 	}
 	return started, nil
-}
-
-// attach gives a process its stdio. An interface that holds a nil *os.File is
-// not nil, hence the checks.
-func attach(p *libcontainer.Process, stdio ociruntime.Stdio) {
-	if stdio.Stdin != nil {
-		p.Stdin = stdio.Stdin
-	}
-	if stdio.Stdout != nil {
-		p.Stdout = stdio.Stdout
-	}
-	if stdio.Stderr != nil {
-		p.Stderr = stdio.Stderr
-	}
 }
 
 func begin(container *libcontainer.Container, p *libcontainer.Process) (ociruntime.Started, error) {

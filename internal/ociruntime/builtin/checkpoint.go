@@ -106,7 +106,7 @@ func (d *driver) perform(ctx context.Context, t task, stdio ociruntime.Stdio, co
 	if console != nil {
 		cmd.ExtraFiles = append(cmd.ExtraFiles, console)
 	}
-	attachCommand(cmd, stdio)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdio.Streams()
 	runErr := criu.Run(ctx, cmd, t.Checkpoint.CRIU)
 	write.Close()
 	var o outcome
@@ -134,20 +134,6 @@ func requestFile(request []byte) (*os.File, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
-}
-
-// attachCommand gives a command stdio. An interface that holds a nil *os.File is
-// not nil, hence the checks.
-func attachCommand(cmd *exec.Cmd, stdio ociruntime.Stdio) {
-	if stdio.Stdin != nil {
-		cmd.Stdin = stdio.Stdin
-	}
-	if stdio.Stdout != nil {
-		cmd.Stdout = stdio.Stdout
-	}
-	if stdio.Stderr != nil {
-		cmd.Stderr = stdio.Stderr
-	}
 }
 
 // runTask is the process' main.

@@ -61,7 +61,7 @@ func (d *driver) run(ctx context.Context, c ociruntime.Container, inv invocation
 	cmd.WaitDelay = stdioDelay
 	var complaints limited
 	if inv.keepsStdio {
-		attach(cmd, inv.stdio)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = inv.stdio.Streams()
 	} else {
 		cmd.Stdout, cmd.Stderr = inv.out, &complaints
 	}
@@ -93,20 +93,6 @@ func runBound(cmd *exec.Cmd) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	return cmd.Run()
-}
-
-// attach gives a command stdio. An interface that holds a nil *os.File is not
-// nil, hence the checks.
-func attach(cmd *exec.Cmd, stdio ociruntime.Stdio) {
-	if stdio.Stdin != nil {
-		cmd.Stdin = stdio.Stdin
-	}
-	if stdio.Stdout != nil {
-		cmd.Stdout = stdio.Stdout
-	}
-	if stdio.Stderr != nil {
-		cmd.Stderr = stdio.Stderr
-	}
 }
 
 // logged returns the errors in a runtime's log.

@@ -24,18 +24,25 @@ func (r *runtime) Pause(ctx context.Context, c ociruntime.Container) error {
 }
 
 func (r *runtime) pause(ctx context.Context, c ociruntime.Container) error {
-	_, status, err := r.status(ctx, c)
-	if err != nil {
-		return err
-	}
-	if status != ociruntime.Running {
-		return notIn(status)
-	}
-	u, err := r.readUndo(c)
+	_, u, err := r.running(ctx, c)
 	if err != nil {
 		return err
 	}
 	return u.Cgroup.Freeze(ctx)
+}
+
+// running returns the first process of a container that runs, and what it is made
+// of.
+func (r *runtime) running(ctx context.Context, c ociruntime.Container) (host.Process, undo, error) {
+	first, status, err := r.status(ctx, c)
+	if err != nil {
+		return host.Process{}, undo{}, err
+	}
+	if status != ociruntime.Running {
+		return host.Process{}, undo{}, notIn(status)
+	}
+	u, err := r.readUndo(c)
+	return first, u, err
 }
 
 func (r *runtime) Resume(_ context.Context, c ociruntime.Container) error {
@@ -62,14 +69,7 @@ func (r *runtime) checkpoint(ctx context.Context, c ociruntime.Container, bundle
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	first, status, err := r.status(ctx, c)
-	if err != nil {
-		return err
-	}
-	if status != ociruntime.Running {
-		return notIn(status)
-	}
-	u, err := r.readUndo(c)
+	first, u, err := r.running(ctx, c)
 	if err != nil {
 		return err
 	}
