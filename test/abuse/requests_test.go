@@ -2,7 +2,9 @@ package abuse
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -152,7 +154,7 @@ func call(ctx context.Context, conn *grpc.ClientConn, m protoreflect.MethodDescr
 	}
 	for {
 		if err := stream.RecvMsg(answer); err != nil {
-			if status.Code(err) == codes.Unknown && err.Error() == "EOF" {
+			if errors.Is(err, io.EOF) {
 				return nil
 			}
 			return err

@@ -14,7 +14,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -313,54 +312,14 @@ func send(w http.ResponseWriter, code, length int, body []byte) {
 // TestFullDisk lets the daemon's disk run full: a pull and a pod fail clearly,
 // leave nothing, and succeed when there is room again.
 func TestFullDisk(t *testing.T) {
-	lab.Require(t)
-	root := filepath.Join(t.TempDir(), "root")
-	if err := os.Mkdir(root, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=128m"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	l := lab.New(t, lab.Options{Root: filepath.Join(root, "sampan")})
-
-	fill := func(t *testing.T, leave int64) (free func()) {
-		t.Helper()
-		f, err := os.Create(filepath.Join(root, "ballast"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		// The daemon may take or free a page between the question and the answer.
-		for range 100 {
-			var fs unix.Statfs_t
-			if err := unix.Statfs(root, &fs); err != nil {
-				t.Fatal(err)
-			}
-			err = unix.Fallocate(int(f.Fd()), 0, 0, max(1, int64(fs.Bavail)*fs.Bsize-leave))
-			if err == nil {
-				break
-			}
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		return func() {
-			if err := os.Remove(f.Name()); err != nil {
-				t.Error(err)
-			}
-		}
-	}
+	disk := lab.SmallDisk(t, "size=128m")
+	l := lab.New(t, lab.Options{Root: filepath.Join(disk, "sampan")})
 	full := []codes.Code{codes.ResourceExhausted}
 	ctx, cancel := context.WithTimeout(t.Context(), 3*lab.Wait)
 	defer cancel()
 
 	t.Run("pull", func(t *testing.T) {
-		free := fill(t, 1<<20)
+		free := lab.FillDisk(t, disk, 1<<20)
 		_, err := l.Images.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "nginx"}})
 		checkError(t, err, full, "no space left on device", "nginx")
 		l.CheckClean(t)
@@ -369,7 +328,7 @@ func TestFullDisk(t *testing.T) {
 	image := l.Pull(t, "nginx")
 	t.Run("pod", func(t *testing.T) {
 		clean := l.Mark(t)
-		free := fill(t, 0)
+		free := lab.FillDisk(t, disk, 0)
 		_, err := l.Runtime.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: l.PodConfig("full")})
 		checkError(t, err, full, "no space left on device")
 		l.CheckSince(t, clean)
@@ -382,7 +341,7 @@ func TestFullDisk(t *testing.T) {
 		// The pod's cgroup comes with its first container, and stays with the pod.
 		l.CreateContainer(t, pod, podConfig, l.ContainerConfig("first", image))
 		clean := l.Mark(t)
-		free := fill(t, 0)
+		free := lab.FillDisk(t, disk, 0)
 		config := l.ContainerConfig("full", image)
 		_, err := l.Runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: pod, Config: config, SandboxConfig: podConfig})
 		checkError(t, err, full, "no space left on device")
@@ -390,7 +349,7 @@ func TestFullDisk(t *testing.T) {
 		free()
 		l.StartContainer(t, l.CreateContainer(t, pod, podConfig, config))
 		// To stop and remove must work on a full disk: it is how room is made.
-		free = fill(t, 0)
+		free = lab.FillDisk(t, disk, 0)
 		l.RemovePod(t, pod)
 		free()
 	})

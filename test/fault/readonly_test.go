@@ -14,20 +14,6 @@ import (
 	"sampan.dev/sampan/test/lab"
 )
 
-// mountRoot mounts a file system for ROOT.
-func mountRoot(t *testing.T, options string) string {
-	t.Helper()
-	lab.Require(t)
-	dir := t.TempDir()
-	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, options))
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
-}
-
 // A disk that has become read-only, as ext4 makes it after an error: what runs
 // goes on, what would be new fails with the reason, stops work, and the daemon
 // comes back when the disk does.
@@ -100,13 +86,12 @@ func refused(t *testing.T, what string, err error) {
 // fails with ResourceExhausted, and leaves nothing; what is there can be removed
 // with not one byte free.
 func TestDiskFullAnywhere(t *testing.T) {
-	disk := mountRoot(t, "size=192m")
+	disk := lab.SmallDisk(t, "size=192m")
 	l := lab.New(t, lab.Options{Root: filepath.Join(disk, "sampan")})
 	image := l.Pull(t, "busybox")
-	ballast := filepath.Join(disk, "ballast")
 	failed, lived := 0, 0
 	for pages := range 24 {
-		free := fill(t, disk, ballast, int64(pages)*4096)
+		free := lab.FillDisk(t, disk, int64(pages)*4096)
 		config := l.PodConfig(fmt.Sprint("full-", pages))
 		r, err := l.Runtime.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: config})
 		var id string
@@ -134,22 +119,4 @@ func TestDiskFullAnywhere(t *testing.T) {
 		t.Error("the disk was never full, or always")
 	}
 	checkOthers(t, l, image, "afterwards")
-}
-
-// fill leaves so many bytes free, in pages.
-func fill(t *testing.T, disk, ballast string, leave int64) (free func()) {
-	t.Helper()
-	f, err := os.Create(ballast)
-	must(t, err)
-	defer f.Close()
-	// The daemon may take or free a page between the question and the answer.
-	for range 100 {
-		var st unix.Statfs_t
-		must(t, unix.Statfs(disk, &st))
-		if err = unix.Fallocate(int(f.Fd()), 0, 0, max(1, int64(st.Bavail)*st.Bsize-leave)); err == nil {
-			break
-		}
-	}
-	must(t, err)
-	return func() { must(t, os.Remove(ballast)) }
 }
