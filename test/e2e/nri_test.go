@@ -615,14 +615,16 @@ func TestPluginsFail(t *testing.T) {
 	l.Pull(t, "busybox")
 	pod, config := pluginPod(t, l, "failing")
 
-	hung := &plugin{}
-	hung.hook = func(ctx context.Context, event, _ string) error {
+	// It hangs past the request's deadline: one that answers just then has answered.
+	hung, release := &plugin{}, make(chan struct{})
+	hung.hook = func(_ context.Context, event, _ string) error {
 		if event == "CreateContainer" {
-			<-ctx.Done()
+			<-release
 		}
 		return nil
 	}
 	hung.connect(t, "00", "hung")
+	t.Cleanup(func() { close(release) })
 	start := time.Now()
 	l.CreateContainer(t, pod, config, l.ContainerConfig("one", "busybox", "sleep", "1000"))
 	if took := time.Since(start); took < 900*time.Millisecond || took > 5*time.Second {
