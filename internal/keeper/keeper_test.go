@@ -414,13 +414,13 @@ func TestExec(t *testing.T) {
 		t.Fatalf("got %+v", res)
 	}
 	// A child that holds stdio is not waited for.
-	if out, _, res, d := exec(0, "echo before; sleep 3 & exit 6"); out != "before\n" || res.ExitCode != 6 || d > 2*time.Second {
+	if out, _, res, d := exec(0, "echo before; sleep 60 & exit 6"); out != "before\n" || res.ExitCode != 6 || d > 30*time.Second {
 		t.Fatalf("got %q, %+v after %v", out, res, d)
 	}
 	// With a timeout, neither grandchild nor orphan stays.
 	marker := fmt.Sprint("sleep 10", rand.IntN(1e6)+1e6)
-	out, _, res, d := exec(300*time.Millisecond, "echo before; (("+marker+" & ); "+marker+" & wait) & wait")
-	if out != "before\n" || !res.TimedOut || res.ExitCode != 137 || d > 3*time.Second {
+	out, _, res, d := exec(1500*time.Millisecond, "echo before; (("+marker+" & ); "+marker+" & wait) & wait")
+	if out != "before\n" || !res.TimedOut || res.ExitCode != 137 || d > 30*time.Second {
 		t.Fatalf("got %q, %+v after %v", out, res, d)
 	}
 	waitFor(t, func() bool { return countProcesses(marker) == 0 })

@@ -221,9 +221,10 @@ func TestCheckpointRefuses(t *testing.T) {
 		t.Errorf("a deadline that passes: %v", err)
 	}
 	counted(t, l, id, counted(t, l, id, 0)) // it goes on
-	if left, _ := filepath.Glob(archive + "*"); len(left) > 0 {
-		t.Errorf("left of a checkpoint that came too late: %v", left)
-	}
+	await(t, "the end of what a checkpoint that came too late had begun", func() bool {
+		left, _ := filepath.Glob(archive + "*")
+		return len(left) == 0
+	})
 
 	bad := filepath.Join(l.Tmp(), "bad.tar")
 	if err := os.WriteFile(bad, []byte(strings.Repeat("this is no archive ", 100)), 0o600); err != nil {
@@ -405,9 +406,10 @@ func refusePod(t *testing.T, l *lab.Lab, pod string, ids []string, dir string) {
 	for _, id := range ids {
 		counted(t, l, id, counted(t, l, id, 0)) // they go on
 	}
-	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
-		t.Errorf("left in the directory: %v, error %v", left, err)
-	}
+	await(t, "an empty directory", func() bool {
+		left, err := os.ReadDir(dir)
+		return err == nil && len(left) == 0
+	})
 }
 
 func refuseRestore(t *testing.T, l *lab.Lab, good *runtimeapi.RestorePodRequest) {

@@ -185,12 +185,12 @@ func TestCollectorAway(t *testing.T) {
 	start := time.Now()
 	pod := l.RunPod(t, l.PodConfig("untraced"))
 	l.RemovePod(t, pod)
-	if took := time.Since(start); took > 5*time.Second {
+	if took := time.Since(start); took > 20*time.Second {
 		t.Errorf("a pod's life took %v", took)
 	}
 	start = time.Now()
 	l.Stop(t)
-	if took := time.Since(start); took > 10*time.Second {
+	if took := time.Since(start); took > 20*time.Second {
 		t.Errorf("the daemon's end took %v", took)
 	}
 	l.Start(t)

@@ -39,7 +39,7 @@ func TestUnwillingContainers(t *testing.T) {
 		begin := time.Now()
 		_, err := l.Runtime.StopContainer(t.Context(), &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: 1})
 		must(t, err)
-		if took := time.Since(begin); took < time.Second || took > 5*time.Second {
+		if took := time.Since(begin); took < time.Second || took > 20*time.Second {
 			t.Errorf("stopped after %v, want a second", took)
 		}
 		if code := l.Status(t, id).GetExitCode(); code != 137 {
@@ -92,7 +92,7 @@ func TestUnwillingContainers(t *testing.T) {
 		if err == nil && (r.GetExitCode() != 3 || string(r.GetStdout()) != "out\n") {
 			t.Errorf("exec: %v", r)
 		}
-		if took := time.Since(begin); took > 10*time.Second {
+		if took := time.Since(begin); took > 30*time.Second {
 			t.Errorf("took %v", took)
 		}
 	})

@@ -48,7 +48,7 @@ func TestQuickstart(t *testing.T) {
 	for range 2 {
 		start := time.Now()
 		out := script(t, root, "quickstart")
-		if took := time.Since(start); took > 20*time.Second {
+		if took := time.Since(start); took > time.Minute {
 			t.Errorf("it took %v", took)
 		}
 		for _, part := range []string{"RuntimeReady: yes", "NetworkReady: yes", "sampan.dev/hello:latest", "Hello from pod hello.", "GET / from", "hello:running", "make quickstart-down"} {
