@@ -4,15 +4,23 @@ import (
 	"archive/tar"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -87,8 +95,8 @@ func TestCheckpointContainer(t *testing.T) {
 		id := runCounter(t, l, pod, podConfig, "count", image)
 		counted(t, l, id, 5)
 		archive := filepath.Join(l.Tmp(), "count.tar")
-		if out, errors, err := l.Crictl("checkpoint", "--export="+archive, id); err != nil {
-			t.Fatal(out, errors, err)
+		if out, errs, err := l.Crictl("checkpoint", "--export="+archive, id); err != nil {
+			t.Fatal(out, errs, err)
 		}
 		after := counted(t, l, id, 5)
 		counted(t, l, id, after) // it goes on
@@ -457,5 +465,79 @@ func refuseRestore(t *testing.T, l *lab.Lab, good *runtimeapi.RestorePodRequest)
 		if time.Now().After(end) {
 			t.Fatalf("left of refused restores: %v", pods)
 		}
+	}
+}
+
+// TestCheckpointImage restores a container from an image that is a checkpoint, as
+// buildah makes one of an archive: where the node's owner allows it.
+func TestCheckpointImage(t *testing.T) {
+	needCRIU(t)
+	l := lab.New(t, lab.Options{Config: "[checkpoint]\nrestore_images = true\n"})
+	image := l.Pull(t, "busybox")
+	podConfig := l.PodConfig("counter")
+	pod := l.RunPod(t, podConfig)
+	id := runCounter(t, l, pod, podConfig, "count", image)
+	counted(t, l, id, 5)
+	archive := filepath.Join(l.Tmp(), "count.tar")
+	if _, err := l.Runtime.CheckpointContainer(t.Context(), &runtimeapi.CheckpointContainerRequest{ContainerId: id, Location: archive}); err != nil {
+		t.Fatal(err)
+	}
+	after := counted(t, l, id, 5)
+	l.RemovePod(t, pod)
+
+	const name = "example.test/checkpoints/count:1"
+	loadCheckpoint(t, l, archive, name)
+	podConfig = l.PodConfig("restored")
+	pod = l.RunPod(t, podConfig)
+	restored := l.CreateContainer(t, pod, podConfig, l.ContainerConfig("count", name))
+	if st := l.Status(t, restored); st.GetImageId() != image {
+		t.Errorf("the restored container's image is %s, want %s, which the checkpointed one was made of", st.GetImageId(), image)
+	}
+	l.StartContainer(t, restored)
+	wentOn(t, l, restored, filepath.Join(podConfig.LogDirectory, "count.log"), 5, after)
+	l.RemovePod(t, pod)
+
+	l.Stop(t)
+	l.Configure(t, lab.Options{})
+	l.Start(t)
+	pod = l.RunPod(t, podConfig)
+	_, err := l.Runtime.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{PodSandboxId: pod, Config: l.ContainerConfig("count", name), SandboxConfig: podConfig})
+	if codeOf(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "restore_images") {
+		t.Errorf("where images are not to be restored: %v", err)
+	}
+}
+
+// loadCheckpoint loads an image of one layer, a checkpoint's archive.
+func loadCheckpoint(t *testing.T, l *lab.Lab, archive, name string) {
+	t.Helper()
+	layer, err := tarball.LayerFromFile(archive)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := mutate.AppendLayers(mutate.MediaType(empty.Image, types.OCIManifestSchema1), layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image = mutate.Annotations(image, map[string]string{"org.criu.checkpoint.container.name": "count"}).(v1.Image)
+	dir := filepath.Join(l.Tmp(), "layout")
+	path, err := layout.Write(dir, empty.Index)
+	if err == nil {
+		err = path.AppendImage(image)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(dir + ".tar")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	w := tar.NewWriter(f)
+	if err := errors.Join(w.AddFS(os.DirFS(dir)), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(os.Getenv(lab.Binary), "image", "load", "--endpoint", "unix://"+l.Socket, "--name", name, f.Name()).CombinedOutput()
+	if err != nil {
+		t.Fatalf("sampan image load: %v\n%s", err, out)
 	}
 }

@@ -79,7 +79,7 @@ func New(t testing.TB, o Options) *Lab {
 		must(t, os.MkdirAll(d, 0o755))
 	}
 	l.serveImages(t)
-	l.writeConfig(t, o)
+	l.Configure(t, o)
 	l.log, err = os.Create(filepath.Join(dir, "daemon.log"))
 	must(t, err)
 	t.Cleanup(func() { l.log.Close() })
@@ -126,7 +126,8 @@ func Serve(t testing.TB, h http.Handler) string {
 	return "http://" + listener.Addr().String()
 }
 
-func (l *Lab) writeConfig(t testing.TB, o Options) {
+// Configure writes the configuration that the daemon reads when it is started next.
+func (l *Lab) Configure(t testing.TB, o Options) {
 	t.Helper()
 	text := fmt.Sprintf("root = %q\nstate = %q\nlisten = \"unix://%s\"\n%s\n\n[registry]\nconfig_dir = %q\n", l.Root, l.State, l.Socket, o.Keys, l.Hosts)
 	if !strings.Contains(o.Config, "[network]") {
