@@ -27,7 +27,7 @@ GO_BUILD := go build -trimpath -buildvcs=false
 KEEPER_TAGS := netgo,osusergo,seccomp,static_build
 # NRI plugins are programs; without those in WebAssembly the daemon is smaller.
 DAEMON_TAGS := nri_no_wasm
-SUITES := ./test/quickstart ./test/e2e ./test/conformance ./test/abuse ./test/fault ./test/soak
+SUITES := ./test/quickstart ./test/e2e ./test/conformance ./test/abuse ./test/fault ./test/soak ./test/vm
 PACKAGES = $(filter-out $(SUITES:./%=sampan.dev/sampan/%),$(shell go list ./...))
 
 .PHONY: all build deps
@@ -146,7 +146,7 @@ conformance-repeat: build
 # The suites that need a host of their own, each in a virtual machine.
 .PHONY: test-vm
 test-vm:
-	@scripts/install-deps vm
+	@scripts/install-deps test
 	$(MAKE) deb
 	SAMPAN_VM=all SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -timeout 180m -v ./test/vm
 

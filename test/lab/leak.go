@@ -305,6 +305,9 @@ func ignore(err error, these ...error) error {
 
 // await waits until nothing is there that was not before.
 func (l *Lab) await(before snapshot, expected *regexp.Regexp, limit time.Duration) error {
+	if OnNode() {
+		limit *= 4 // its processor is emulated, mostly
+	}
 	for end := time.Now().Add(limit); ; time.Sleep(100 * time.Millisecond) {
 		now, err := l.snapshot()
 		if err != nil {

@@ -70,7 +70,7 @@ func (l *Lab) installUnit() error {
 	if err != nil {
 		return err
 	}
-	dropIn := fmt.Sprintf("[Service]\nExecStart=\nExecStart=%s serve --config %s --log-level debug\n", l.Binary, l.config)
+	dropIn := fmt.Sprintf("[Service]\nTimeoutStartSec=300\nExecStart=\nExecStart=%s serve --config %s --log-level debug\n", l.Binary, l.config)
 	for _, e := range l.env {
 		if strings.Contains(e, "_PROXY=") {
 			dropIn += "Environment=" + e + "\n"
@@ -140,7 +140,7 @@ func (l *Lab) stopUnit() error {
 }
 
 func systemctl(args ...string) error {
-	cmd := exec.Command("timeout", append([]string{"90", "systemctl"}, args...)...)
+	cmd := exec.Command("timeout", append([]string{"300", "systemctl"}, args...)...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("systemctl %s: %w\n%s", strings.Join(args, " "), err, out)
 	}

@@ -75,7 +75,7 @@ func podSlice(t *testing.T, uid string) string {
 
 func systemctl(t *testing.T, args ...string) {
 	t.Helper()
-	if out, err := exec.Command("timeout", append([]string{"90", "systemctl"}, args...)...).CombinedOutput(); err != nil {
+	if out, err := exec.Command("timeout", append([]string{"300", "systemctl"}, args...)...).CombinedOutput(); err != nil {
 		t.Fatalf("systemctl %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
 }
@@ -335,7 +335,7 @@ func TestRestart(t *testing.T) {
 		}
 		if step[0] == "kill" {
 			time.Sleep(2 * time.Second) // systemd starts it after one
-			if err := lab.AwaitUnit(lab.Unit, "ActiveState", "active", 30*time.Second); err != nil {
+			if err := lab.AwaitUnit(lab.Unit, "ActiveState", "active", 2*time.Minute); err != nil {
 				t.Fatal(err)
 			}
 		}

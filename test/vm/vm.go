@@ -51,7 +51,7 @@ type Options struct {
 	Append  []string // words to add to the kernel's command line
 	Disks   []Disk
 	Memory  int           // MiB; 2048 if 0
-	Timeout time.Duration // for the boot; 3 minutes if 0
+	Timeout time.Duration // for the boot; 10 minutes if 0
 }
 
 // VM is a running machine. Its methods may be called concurrently.
@@ -66,12 +66,39 @@ type VM struct {
 // errGone is why nothing can be asked of a machine that has ended.
 var errGone = errors.New("the machine has ended")
 
+// machine is what every guest is; memory is in MiB.
+func machine(memory int) []string {
+	return []string{
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-m", strconv.Itoa(memory),
+	}
+}
+
+// defaultMemory is what a guest has unless its options say otherwise, in MiB.
+const defaultMemory = 2048
+
+// Probe tries whether this host can emulate a machine, one that is never started.
+// The error says why it cannot.
+func Probe(ctx context.Context) error {
+	if runtime.GOARCH != "amd64" {
+		return fmt.Errorf("guests are x86_64, and the programs that are to run in them are for %s", runtime.GOARCH)
+	}
+	cmd := exec.CommandContext(ctx, emulator, append(machine(defaultMemory), "-S", "-monitor", "stdio")...)
+	cmd.Stdin = strings.NewReader("quit\n")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", emulator, err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+const emulator = "qemu-system-x86_64"
+
 // Boot starts a machine and returns when it runs commands. The error of a
 // machine that does not come up ends with what it wrote to its console. Close
 // must be called in the end.
 func (i Image) Boot(ctx context.Context, o Options) (*VM, error) {
 	if o.Timeout == 0 {
-		o.Timeout = 3 * time.Minute
+		o.Timeout = 10 * time.Minute
 	}
 	ctx, cancel := context.WithTimeout(ctx, o.Timeout)
 	defer cancel()
@@ -104,7 +131,7 @@ func (m *VM) start(ctx context.Context, i Image, o Options) error {
 		return err
 	}
 	defer theirs.Close()
-	m.qemu = exec.Command("qemu-system-x86_64", arguments(i, o, kernel, initrd)...)
+	m.qemu = exec.Command(emulator, arguments(i, o, kernel, initrd)...)
 	m.qemu.ExtraFiles = []*os.File{theirs} // descriptor 3
 	m.qemu.Stdout, m.qemu.Stderr = &m.console, &m.console
 	m.qemu.Dir = m.dir
@@ -185,17 +212,16 @@ func (m *VM) makeInitrd(ctx context.Context, kernel string) (string, error) {
 func arguments(i Image, o Options, kernel, initrd string) []string {
 	memory := o.Memory
 	if memory == 0 {
-		memory = 2048
+		memory = defaultMemory
 	}
 	disks := []string{"vda:/:rw"}
-	args := []string{
-		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-smp", processors(kernel), "-m", strconv.Itoa(memory),
+	args := append(machine(memory),
+		"-smp", processors(kernel),
 		"-serial", "stdio", "-device", "virtio-serial",
 		"-chardev", "socket,id=port,fd=3", "-device", "virtserialport,chardev=port,name=" + api.Port,
 		"-drive", "if=virtio,format=raw,snapshot=on,file=" + filepath.Join(i.dir, "root.ext4"),
 		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", initrd,
-	}
+	)
 	for n, d := range o.Disks {
 		option, drive := "rw", "if=virtio,format=raw,file="+d.Path
 		if d.ReadOnly {

@@ -2,8 +2,10 @@ package vm_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -35,6 +37,11 @@ func prepare(t *testing.T, packages ...string) suite {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
 	defer cancel()
+	if err := vm.Probe(ctx); errors.Is(err, exec.ErrNotFound) || err != nil && everything() {
+		t.Fatalf("%v: install qemu-system-x86", err)
+	} else if err != nil {
+		t.Skip("this host cannot emulate another: ", err)
+	}
 	if err := lab.Prepare(ctx); err != nil {
 		t.Fatal(err)
 	}
