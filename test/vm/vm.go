@@ -218,8 +218,8 @@ func arguments(i Image, o Options, kernel, initrd string) []string {
 	args := append(machine(memory),
 		"-smp", processors(kernel),
 		"-serial", "stdio", "-device", "virtio-serial",
-		"-chardev", "socket,id=port,fd=3", "-device", "virtserialport,chardev=port,name=" + api.Port,
-		"-drive", "if=virtio,format=raw,snapshot=on,file=" + filepath.Join(i.dir, "root.ext4"),
+		"-chardev", "socket,id=port,fd=3", "-device", "virtserialport,chardev=port,name="+api.Port,
+		"-drive", "if=virtio,format=raw,snapshot=on,file="+filepath.Join(i.dir, "root.ext4"),
 		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", initrd,
 	)
 	for n, d := range o.Disks {

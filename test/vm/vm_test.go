@@ -37,9 +37,10 @@ func prepare(t *testing.T, packages ...string) suite {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
 	defer cancel()
-	if err := vm.Probe(ctx); errors.Is(err, exec.ErrNotFound) || err != nil && everything() {
+	switch err := vm.Probe(ctx); {
+	case errors.Is(err, exec.ErrNotFound):
 		t.Fatalf("%v: install qemu-system-x86", err)
-	} else if err != nil {
+	case err != nil:
 		t.Skip("this host cannot emulate another: ", err)
 	}
 	if err := lab.Prepare(ctx); err != nil {
