@@ -51,6 +51,8 @@
 
 /* What steps leave to those behind them. */
 static int root = -1;       /* O_PATH: the container's root file system */
+static int host_mounts = -1, own_mounts = -1; /* mount namespaces, from ROOT on */
+static int64_t propagation; /* of what comes from the host */
 static int mounted = -1;    /* the last mount */
 static int masking = -1;    /* an empty, read-only tmpfs over a masked directory */
 static char **environment;  /* with room for one more */
@@ -412,16 +414,42 @@ static long do_mount(const struct step *s)
 	return 0;
 }
 
+/* set_propagation changes how a mount propagates, with MS_REC all below it too. */
+static long set_propagation(long mount, int64_t propagation)
+{
+	unsigned all = propagation & MS_REC ? AT_RECURSIVE : 0;
+
+	TRY(set_attributes((int)mount, all, 0, 0, (uint64_t)propagation & ~(uint64_t)MS_REC), "propagation");
+	return 0;
+}
+
+/*
+ * host_tree opens a file or directory of the host with what is mounted on it, which
+ * only who is in a mount's own namespace may. What it is a copy of propagates to it
+ * as to the root.
+ */
+static long host_tree(const char *path, unsigned flags)
+{
+	long tree, back;
+
+	TRY(sys(__NR_setns, host_mounts, CLONE_NEWNS), "setns");
+	tree = sys(__NR_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | flags);
+	back = sys(__NR_setns, own_mounts, CLONE_NEWNS);
+	TRY(back, "setns");
+	TRY(tree, "open_tree");
+	PASS(set_propagation(tree, propagation));
+	return tree;
+}
+
 static long do_bind(const struct step *s)
 {
 	unsigned recursive = s->arg[0] ? AT_RECURSIVE : 0;
-	long tree = s->arg[7], onto;
+	long tree, onto;
 	struct stat st;
 	int made;
 
-	if (tree < 0)
-		tree = sys(__NR_open_tree, AT_FDCWD, string(s, 0), OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursive);
-	TRY(tree, "open_tree");
+	tree = host_tree(string(s, 0), recursive);
+	PASS(tree);
 	TRY(status_of((int)tree, &st), "fstat");
 	onto = target(string(s, 1), s->arg[6], !S_ISDIR(st.st_mode), &made);
 	PASS(onto);
@@ -453,29 +481,28 @@ static long mount_flags(const char *path, int64_t flags)
 	return sys(__NR_mount, NULL, path, NULL, flags, NULL);
 }
 
+/*
+ * do_root takes the root file system into a new mount namespace, in which there is
+ * nothing else. The mounts of the host are not copied, as they are for who is born in
+ * a new one: there may be thousands.
+ */
 static long do_root(const struct step *s)
 {
-	char parent[PATH_MAX];
-	long n, fd, done;
+	long tree, fd;
 
-	TRY(mount_flags("/", s->arg[0]), "propagation of /");
-	/*
-	 * The mount below the root file system may not be shared: pivot_root refuses
-	 * that, and what is mounted here would appear there. Which one that is
-	 * shows by trying.
-	 */
-	n = copy_path(parent, string(s, 0));
-	PASS(n);
-	while ((done = mount_flags(n > 0 ? parent : "/", s->arg[1])) == -EINVAL && n > 0) {
-		while (n > 0 && parent[--n] != '/')
-			;
-		parent[n] = 0;
-	}
-	TRY(done, "propagation of its parent");
-	TRY(sys(__NR_mount, string(s, 0), string(s, 0), NULL, MS_BIND | MS_REC, NULL), "mount");
-	fd = sys(__NR_openat, AT_FDCWD, string(s, 0), O_PATH | O_DIRECTORY | O_CLOEXEC, 0);
-	TRY(fd, "open");
-	root = (int)fd;
+	tree = sys(__NR_open_tree, AT_FDCWD, string(s, 0), OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE);
+	TRY(tree, "open_tree");
+	PASS(set_propagation(tree, s->arg[0]));
+	PASS(set_propagation(tree, s->arg[1]));
+	TRY(sys(__NR_setns, s->arg[3], CLONE_NEWNS), "setns");
+	TRY(sys(__NR_unshare, CLONE_NEWNS), "unshare");
+	fd = sys(__NR_openat, PROCFS_FD, "self/ns/mnt", O_RDONLY | O_CLOEXEC, 0);
+	TRY(fd, "open mount namespace");
+	own_mounts = (int)fd;
+	host_mounts = (int)s->arg[2];
+	propagation = s->arg[0];
+	TRY(sys(__NR_move_mount, tree, "", AT_FDCWD, EMPTY_DIR, MOVE_MOUNT_F_EMPTY_PATH), "move_mount");
+	root = (int)tree;
 	return 0;
 }
 
@@ -497,17 +524,14 @@ static long bind_node(const struct step *s)
 {
 	char path[PATH_MAX] = "/";
 	size_t n = length(string(s, 0));
-	long host, tree, onto;
+	long tree, onto;
 
 	if (n + 2 > sizeof(path))
 		return fail("path", -ENAMETOOLONG);
 	memcpy(path + 1, string(s, 0), n + 1);
-	host = sys(__NR_openat, AT_FDCWD, path, O_PATH | O_CLOEXEC, 0);
-	TRY(host, "mknodat, and open of the host's");
-	PASS(verify_node((int)host, s));
-	tree = sys(__NR_open_tree, host, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
-	close_fd((int)host);
-	TRY(tree, "open_tree");
+	tree = host_tree(path, 0);
+	PASS(tree);
+	PASS(verify_node((int)tree, s));
 	onto = make_file(path + 1);
 	PASS(onto);
 	PASS(attach((int)tree, (int)onto));

@@ -13,10 +13,11 @@ enum code {
 	UNSHARE,     /* flags */
 	KEYRING,     /* permissions or 0; name */
 	RLIMIT,      /* resource, soft, hard */
-	ROOT,        /* propagation of all, of the parent; path */
+	ROOT,        /* propagation of all, of the root itself, mount namespaces: the host's and
+			one with nothing but EMPTY_DIR; path. Behind PROCFS */
 	MOUNT,       /* attributes, options; type, source, target, parameters... */
 	BIND,        /* recursive, attributes to set, to clear, to clear if they are not locked,
-			all below: to set, to clear, options, tree or -1; source, target */
+			all below: to set, to clear, options; source, target */
 	PROPAGATE,   /* propagation, recursive: of what was mounted last */
 	NODE,        /* mode, major, minor, uid, gid; path */
 	SYMLINK,     /* 1 to replace what is there; target, path */
@@ -30,7 +31,7 @@ enum code {
 	DOMAINNAME,  /* name */
 	SYSCTL,      /* path below /proc/sys, value */
 	MKDIR,       /* path */
-	PROCFS,      /* before FIFO and APPARMOR */
+	PROCFS,      /* before ROOT, FIFO and APPARMOR */
 	NONEWPRIVS,  /* */
 	SETUMASK,    /* mask */
 	SYNC,        /* message */
@@ -77,6 +78,7 @@ struct message {
 enum { CONTROL = 3, PLAN = 4 };
 #define FIFO_FD 5
 #define PROCFS_FD PLAN /* once the plan is in memory */
+#define EMPTY_DIR "/root"
 #define STRING(x) STRING_(x)
 #define STRING_(x) #x
 

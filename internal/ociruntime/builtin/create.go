@@ -153,13 +153,17 @@ func (m *creation) plan() (*launch.Plan, error) {
 	if m.config.Namespaces.Contains(configs.NEWCGROUP) {
 		p.Unshare(unix.CLONE_NEWCGROUP)
 	}
-	return p, planFirst(p, m.c.ID, m.config, m.process, cgroupMounts(m.cgroup.GetPaths(), m.config.Cgroups.Path), m.filter)
+	// What the session keyring is called, and that its user may search it.
+	p.Keyring("_ses."+m.c.ID, 0x80000)
+	p.Procfs()
+	planRoot(p, m.d.launcher, m.config)
+	return p, planFirst(p, m.config, m.process, cgroupMounts(m.cgroup.GetPaths(), m.config.Cgroups.Path), m.filter)
 }
 
 // planNamespace has the process be born in a namespace or join it.
 func (m *creation) planNamespace(p *launch.Plan, ns configs.Namespace) error {
 	switch {
-	case ns.Type == configs.NEWCGROUP:
+	case ns.Type == configs.NEWCGROUP, ns.Type == configs.NEWNS: // later
 		return nil
 	case ns.Path == "":
 		m.options.Flags |= uintptr(ns.Syscall())

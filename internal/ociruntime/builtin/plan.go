@@ -26,12 +26,9 @@ type filter struct {
 	program []byte
 }
 
-// planFirst adds what a container's first process does: the same as in
-// libcontainer, in the same order.
-func planFirst(p *launch.Plan, id string, c *configs.Config, process *specs.Process, groups []cgroupMount, f filter) error {
-	// What the session keyring is called, and that its user may search it.
-	p.Keyring("_ses."+id, 0x80000)
-	planRoot(p, c)
+// planFirst adds what a container's first process does in its root file system: the
+// same as in libcontainer, in the same order.
+func planFirst(p *launch.Plan, c *configs.Config, process *specs.Process, groups []cgroupMount, f filter) error {
 	var readonly []string
 	for _, m := range c.Mounts {
 		if planMount(p, m, groups) {
@@ -77,7 +74,6 @@ func planFirst(p *launch.Plan, id string, c *configs.Config, process *specs.Proc
 			masked[target] = true
 		}
 	}
-	p.Procfs()
 	if err := planUser(p, process, c.Umask, f); err != nil {
 		return err
 	}
@@ -87,16 +83,16 @@ func planFirst(p *launch.Plan, id string, c *configs.Config, process *specs.Proc
 }
 
 // planRoot keeps what is mounted from now on from appearing elsewhere, if that is
-// not asked for.
-func planRoot(p *launch.Plan, c *configs.Config) {
-	all, parent := c.RootPropagation, unix.MS_PRIVATE
+// not asked for: the root itself is never shared with the host's.
+func planRoot(p *launch.Plan, l *launch.Launcher, c *configs.Config) {
+	all, own := c.RootPropagation, unix.MS_PRIVATE
 	if all == 0 {
 		all = unix.MS_SLAVE | unix.MS_REC
 	}
 	if c.RootPropagation&unix.MS_SLAVE != 0 {
-		parent = unix.MS_SLAVE
+		own = unix.MS_SLAVE
 	}
-	p.Root(c.Rootfs, all, parent)
+	p.Root(l, c.Rootfs, all, own)
 }
 
 // sharedOnly is the propagation that the root has to be given once it is one:
@@ -258,7 +254,7 @@ func planBind(p *launch.Plan, source, target string, m *configs.Mount) {
 	if slices.Contains(procFiles, target) {
 		options = launch.InsideProc
 	}
-	p.Bind(source, target, m.Flags&unix.MS_REC != 0, a, options, -1)
+	p.Bind(source, target, m.Flags&unix.MS_REC != 0, a, options)
 	planPropagation(p, m)
 }
 

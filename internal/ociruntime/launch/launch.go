@@ -20,6 +20,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"sampan.dev/sampan/internal/host"
 )
 
 //go:embed files
@@ -30,7 +32,13 @@ type Launcher struct {
 	program int // the sealed program, for reading
 	null    int // /dev/null
 	pids    int // this process' own PID namespace
+	mounts  int // its mount namespace
+	empty   int // a mount namespace in which there is nothing
 }
+
+// emptyDir is the one directory there is in a container's mount namespace before its
+// root file system, as in cmd/sampan-launch/plan.h.
+const emptyDir = "root"
 
 // minProgram is the least descriptor the program may have, so that none of a
 // process' own gets its number.
@@ -57,6 +65,12 @@ func New() (*Launcher, error) {
 	}
 	if l.pids, err = unix.Open("/proc/self/ns/pid", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 		return nil, fmt.Errorf("open PID namespace: %w", err)
+	}
+	if l.mounts, err = unix.Open("/proc/self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		return nil, fmt.Errorf("open mount namespace: %w", err)
+	}
+	if l.empty, err = host.EmptyMounts(emptyDir); err != nil {
+		return nil, fmt.Errorf("sampan-launch: %w: %w", err, errdefs.ErrNotImplemented)
 	}
 	if err := l.try(); err != nil {
 		return nil, fmt.Errorf("sampan-launch: %w: %w", err, errdefs.ErrNotImplemented)

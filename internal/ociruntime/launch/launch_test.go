@@ -2,8 +2,10 @@ package launch
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -20,7 +22,7 @@ func newLauncher(t *testing.T) *Launcher {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		for _, fd := range []int{l.program, l.null, l.pids} {
+		for _, fd := range []int{l.program, l.null, l.pids, l.mounts, l.empty} {
 			unix.Close(fd)
 		}
 	})
@@ -30,7 +32,7 @@ func newLauncher(t *testing.T) *Launcher {
 // carryOut runs a plan in new namespaces to its end and returns its error.
 func carryOut(t *testing.T, l *Launcher, p *Plan) error {
 	t.Helper()
-	process, err := l.Start(p, Options{Flags: unix.CLONE_NEWNS | unix.CLONE_NEWUTS})
+	process, err := l.Start(p, Options{Flags: unix.CLONE_NEWUTS})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,21 +53,25 @@ func carryOut(t *testing.T, l *Launcher, p *Plan) error {
 func TestStepErrors(t *testing.T) {
 	l := newLauncher(t)
 	absent := t.TempDir() + "/absent"
+	root := func(p *Plan, path string) {
+		p.Procfs()
+		p.Root(l, path, unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE)
+	}
 	for name, tc := range map[string]struct {
 		plan func(*Plan)
 		says string
 	}{
 		"nothing to do":     {func(*Plan) {}, "start: "},
 		"no end":            {func(p *Plan) { p.Hostname("a") }, "the plan has no end"},
-		"no such root":      {func(p *Plan) { p.Root(absent, unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE) }, absent},
+		"no such root":      {func(p *Plan) { root(p, absent) }, absent},
 		"no such namespace": {func(p *Plan) { p.Setns("that", 0, unix.CLONE_NEWNET) }, "that: setns"},
 		"no such option": {func(p *Plan) {
-			p.Root(t.TempDir(), unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE)
+			root(p, t.TempDir())
 			p.Mount("tmpfs", "tmpfs", "a/b", 0, 0, "size=lots")
 		}, "mount tmpfs at /a/b: "},
 		"no such source": {func(p *Plan) {
-			p.Root(t.TempDir(), unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE)
-			p.Bind(absent, "a", true, Attributes{}, 0, -1)
+			root(p, t.TempDir())
+			p.Bind(absent, "a", true, Attributes{}, 0)
 		}, "mount " + absent + " at /a: open_tree: no such file or directory"},
 		"no such profile": {func(p *Plan) {
 			p.Procfs()
@@ -143,5 +149,65 @@ func TestExecuted(t *testing.T) {
 	}
 	if status, err := process.Reap(); err != nil || status.ExitStatus() != 0 {
 		t.Errorf("status %#x, error %v", status, err)
+	}
+}
+
+// TestRootAlone: of the host's mounts there is none in the container's namespace, not
+// even for a moment, however many there are.
+func TestRootAlone(t *testing.T) {
+	l := newLauncher(t)
+	var p Plan
+	p.Procfs()
+	p.Root(l, t.TempDir(), unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE)
+	p.Sync(Ready)
+	process, err := l.Start(&p, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer process.Reap()
+	defer process.Close()
+	if event, _, err := process.Next(); err != nil || event != Ready {
+		t.Fatalf("event %v, error %v", event, err)
+	}
+	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", process.Pid))
+	if err != nil || strings.Count(string(mounts), "\n") != 2 {
+		t.Errorf("mounts, error %v, want an empty root and the container's:\n%s", err, mounts)
+	}
+}
+
+// TestSourcesAreTheHosts: a source is looked up among the host's mounts, also behind
+// others, and the namespace is the container's again afterwards.
+func TestSourcesAreTheHosts(t *testing.T) {
+	l := newLauncher(t)
+	root, source := t.TempDir(), t.TempDir()
+	for _, name := range []string{"a", "b"} {
+		if err := os.WriteFile(filepath.Join(source, name), []byte(name), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var p Plan
+	p.Procfs()
+	p.Root(l, root, unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE)
+	p.Mount("tmpfs", "tmpfs", "m", 0, 0)
+	p.Bind(source+"/a", "m/1", false, Attributes{}, 0)
+	p.Bind(source+"/b", "m/2", false, Attributes{}, 0)
+	p.Pivot(0)
+	p.Sync(Ready)
+	process, err := l.Start(&p, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer process.Reap()
+	defer process.Close()
+	if event, _, err := process.Next(); err != nil || event != Ready {
+		t.Fatalf("event %v, error %v", event, err)
+	}
+	for name, want := range map[string]string{"1": "a", "2": "b"} {
+		if got, err := os.ReadFile(fmt.Sprintf("/proc/%d/root/m/%s", process.Pid, name)); err != nil || string(got) != want {
+			t.Errorf("m/%s has %q, error %v; want %q", name, got, err, want)
+		}
+	}
+	if entries, err := os.ReadDir(root + "/m"); err != nil || len(entries) > 0 {
+		t.Errorf("the host sees %v in the root file system, error %v; want nothing", entries, err)
 	}
 }

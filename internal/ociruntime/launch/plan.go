@@ -118,10 +118,12 @@ func (p *Plan) Rlimit(name string, resource int, soft, hard uint64) {
 	p.add(stepRlimit, "process.rlimits: "+name, []int64{int64(resource), int64(soft), int64(hard)}, nil)
 }
 
-// Root binds the root file system onto itself, in a new mount namespace, after
-// having changed how everything propagates, and the mount below the root.
-func (p *Plan) Root(path string, propagation, parent int) {
-	p.add(stepRoot, "root file system "+path, []int64{int64(propagation), int64(parent)}, nil, path)
+// Root takes the root file system path into a new mount namespace, and from now on
+// the host's mounts can only be bound. Propagation is given to all that comes from the
+// host, with MS_REC to what is mounted below it too, and own to the root itself. The
+// process is the launcher's, and has a procfs.
+func (p *Plan) Root(l *Launcher, path string, propagation, own int) {
+	p.add(stepRoot, "root file system "+path, []int64{int64(propagation), int64(own), p.file(l.mounts), p.file(l.empty)}, nil, path)
 }
 
 // Mount mounts a new file system. Attributes are MOUNT_ATTR_*.
@@ -138,15 +140,10 @@ type Attributes struct {
 	AllSet, AllClr uint64 // of all that is mounted below it as well
 }
 
-// Bind mounts a file or directory of the host. tree is a detached mount to take
-// for the source's, or -1.
-func (p *Plan) Bind(source, target string, recursive bool, a Attributes, options, tree int) {
-	given := int64(-1)
-	if tree >= 0 {
-		given = p.file(tree)
-	}
+// Bind mounts a file or directory of the host.
+func (p *Plan) Bind(source, target string, recursive bool, a Attributes, options int) {
 	p.add(stepBind, fmt.Sprintf("mount %s at /%s", source, target), []int64{
-		number(recursive), int64(a.Set), int64(a.Clear), int64(a.Default), int64(a.AllSet), int64(a.AllClr), int64(options), given,
+		number(recursive), int64(a.Set), int64(a.Clear), int64(a.Default), int64(a.AllSet), int64(a.AllClr), int64(options),
 	}, nil, source, target)
 }
 
