@@ -231,15 +231,27 @@ func (l *Lab) Config() string { return l.config }
 // in the place of the lab's own, and starts the lab's again.
 func (l *Lab) Replace(t testing.TB) {
 	t.Helper()
-	daemons, err := processes()
+	daemons, err := l.Daemons()
 	must(t, err)
-	for pid, args := range daemons {
-		if len(args) > 3 && args[1] == "serve" && args[3] == l.config {
-			must(t, unix.Kill(pid, unix.SIGKILL))
-		}
+	for _, pid := range daemons {
+		must(t, unix.Kill(pid, unix.SIGKILL))
+	}
+	for _, pid := range daemons {
+		must(t, awaitEnd(pid, 20*time.Second))
 	}
 	<-l.exited
 	l.Start(t)
+}
+
+// awaitEnd waits until nothing of a process is left: a daemon that was killed holds
+// its lock until its last thread has gone.
+func awaitEnd(pid int, limit time.Duration) error {
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if err := unix.Kill(pid, 0); errors.Is(err, unix.ESRCH) {
+			return nil
+		}
+	}
+	return fmt.Errorf("process %d is still there %v after SIGKILL", pid, limit)
 }
 
 // Kill sends the daemon SIGKILL and waits for its end.
