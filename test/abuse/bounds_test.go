@@ -193,7 +193,7 @@ func checkLine(t *testing.T, path string, length int) {
 func TestSecrets(t *testing.T) {
 	l := lab.New(t, lab.Options{})
 	const password = "hunter2-of-the-registry"
-	handler, err := images.Handler(os.Getenv("SAMPAN_LAB_IMAGES"))
+	handler, err := images.Handler(os.Getenv(lab.Images))
 	must(t, err)
 	var authorized sync.Map
 	private := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

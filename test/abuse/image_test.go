@@ -26,7 +26,7 @@ func loadHostile(t *testing.T, l *lab.Lab, ref string, layer []tar.Header, chang
 	f, err := os.Create(base)
 	must(t, err)
 	defer f.Close()
-	_, err = images.WriteDocker(f, os.Getenv("SAMPAN_LAB_IMAGES"), "sampan/variants:oci-plain", "busybox:latest")
+	_, err = images.WriteDocker(f, os.Getenv(lab.Images), "sampan/variants:oci-plain", "busybox:latest")
 	must(t, err)
 	image, err := tarball.ImageFromPath(base, nil)
 	must(t, err)

@@ -189,7 +189,7 @@ func TestBadRequests(t *testing.T) {
 // TestBadRegistries pulls from registries that fail or lie.
 func TestBadRegistries(t *testing.T) {
 	l := lab.New(t, lab.Options{})
-	good, err := images.Handler(os.Getenv("SAMPAN_LAB_IMAGES"))
+	good, err := images.Handler(os.Getenv(lab.Images))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -48,7 +48,7 @@ func TestImageForms(t *testing.T) {
 func TestImageLoad(t *testing.T) {
 	l := lab.New(t, lab.Options{})
 	const ref = "example.test/shop/box:1"
-	set := os.Getenv("SAMPAN_LAB_IMAGES")
+	set := os.Getenv(lab.Images)
 	docker := func(w io.Writer) (digest.Digest, error) {
 		return images.WriteDocker(w, set, "sampan/variants:oci-plain", ref)
 	}

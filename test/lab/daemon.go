@@ -110,7 +110,7 @@ func (l *Lab) Logs() string { return filepath.Join(l.Dir, "logs") }
 
 func (l *Lab) serveImages(t testing.TB) {
 	t.Helper()
-	handler, err := images.Handler(os.Getenv("SAMPAN_LAB_IMAGES"))
+	handler, err := images.Handler(os.Getenv(Images))
 	must(t, err)
 	l.Registry = Serve(t, handler)
 	must(t, images.WriteHosts(l.Hosts, l.Registry, images.Hosts...))

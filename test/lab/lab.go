@@ -28,6 +28,10 @@ import (
 // it, the tests that need a lab are skipped.
 const Binary = "SAMPAN_TEST_BIN"
 
+// Images is the environment variable that names the directory of the test images.
+// Prepare sets it. Who sets it before has brought the images and tools along.
+const Images = "SAMPAN_LAB_IMAGES"
+
 // stage tells a test binary what it is: empty for the one that `go test`
 // started, "init" for the first process of the lab, "test" for the one that
 // runs the tests.
@@ -74,8 +78,10 @@ func enter(more []func(ctx context.Context, cache string) error) (int, error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 	defer cancel()
-	if err := Prepare(ctx, more...); err != nil {
-		return 0, err
+	if os.Getenv(Images) == "" { // or somebody has brought it all
+		if err := Prepare(ctx, more...); err != nil {
+			return 0, err
+		}
 	}
 	dir, err := os.MkdirTemp("", "lab-")
 	if err != nil {

@@ -47,7 +47,7 @@ func prepareNode() error {
 	if err := os.MkdirAll("/var/lib/sampan-test", 0o755); err != nil {
 		return err
 	}
-	return setEnv(map[string]string{"SAMPAN_LAB_IMAGES": sets[0], "SAMPAN_LAB_DIR": "/var/lib/sampan-test"})
+	return setEnv(map[string]string{Images: sets[0], "SAMPAN_LAB_DIR": "/var/lib/sampan-test"})
 }
 
 func setEnv(values map[string]string) error {

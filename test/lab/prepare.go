@@ -51,7 +51,7 @@ func Prepare(ctx context.Context, more ...func(context.Context, string) error) e
 	if err != nil {
 		return err
 	}
-	if err := os.Setenv("SAMPAN_LAB_IMAGES", set); err != nil {
+	if err := os.Setenv(Images, set); err != nil {
 		return err
 	}
 	for _, build := range more {

@@ -9,10 +9,18 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"sampan.dev/sampan/test/lab"
 )
 
 // PayloadDir is where a guest has the payload.
 const PayloadDir = "/payload"
+
+// beside is what the tests of some packages need beside what all have.
+var beside = map[string][]string{
+	"./test/e2e":   {".cache/tools/runc", ".cache/tools/kubelet.test", ".cache/tools/v1alpha2.test"},
+	"./test/crash": {"bin/faultpoints/sampan", "internal"}, // it looks for the fault points in the source
+}
 
 // Payload makes a disk with what tests need in a guest: the built daemon, the
 // test images and tools, and the compiled tests of packages ("./test/node"), each
@@ -28,7 +36,10 @@ func Payload(ctx context.Context, root, path string, packages ...string) error {
 		return err
 	}
 	files := []string{"go.mod", "bin/sampan", "packaging", ".cache/tools/crictl", ".cache/tools/ginkgo", ".cache/tools/critest.test"}
-	files = append(files, strings.TrimPrefix(os.Getenv("SAMPAN_LAB_IMAGES"), root+"/"))
+	files = append(files, strings.TrimPrefix(os.Getenv(lab.Images), root+"/"))
+	for _, p := range packages {
+		files = append(files, beside[p]...)
+	}
 	if packages, err := filepath.Glob(filepath.Join(root, "bin", "*.deb")); err == nil {
 		for _, p := range packages {
 			files = append(files, "bin/"+filepath.Base(p))
@@ -45,6 +56,11 @@ func Payload(ctx context.Context, root, path string, packages ...string) error {
 		}
 	}
 	return makeDisk(ctx, path, "1G", tree)
+}
+
+// ImagesDir is where a guest has the test images of the payload.
+func ImagesDir() string {
+	return filepath.Join(PayloadDir, ".cache", "images", filepath.Base(os.Getenv(lab.Images)))
 }
 
 // Tests is the compiled tests of a package in a guest, and the directory that

@@ -96,7 +96,7 @@ func runTests(t *testing.T, m *vm.VM, pkg string, env []string, args ...string) 
 		Args: append([]string{program, "-test.v", "-test.timeout=" + runLimit.String()}, args...), Dir: dir,
 		Env: append([]string{
 			"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
-			lab.Binary + "=" + vm.PayloadDir + "/bin/sampan",
+			lab.Binary + "=" + vm.PayloadDir + "/bin/sampan", lab.Images + "=" + vm.ImagesDir(),
 		}, env...),
 	}, os.Stdout)
 	fmt.Printf("vm: %s %s in %v\n", pkg, strings.Join(args, " "), time.Since(begin).Round(time.Second))
