@@ -30,8 +30,7 @@ func mapped(pod *runtimeapi.PodSandboxConfig, m *runtimeapi.Mount) *runtimeapi.M
 	return m
 }
 
-// hasUserNamespaces skips a test if the daemon says, from its own probe, that this host has
-// none to give.
+// hasUserNamespaces skips a test if this host has none to give; the daemon must say so too.
 func hasUserNamespaces(t *testing.T, l *lab.Lab, handler string) {
 	t.Helper()
 	r, err := l.Runtime.Status(t.Context(), &runtimeapi.StatusRequest{})
@@ -40,8 +39,14 @@ func hasUserNamespaces(t *testing.T, l *lab.Lab, handler string) {
 	}
 	for _, h := range r.GetRuntimeHandlers() {
 		if h.GetName() == handler && !h.GetFeatures().GetUserNamespaces() {
-			_, err := l.Runtime.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: userNS(1<<20, l.PodConfig("probe")), RuntimeHandler: handler})
-			t.Skipf("probe: %v", err)
+			_, refusal := l.Runtime.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: userNS(1<<20, l.PodConfig("probe")), RuntimeHandler: handler})
+			if probe := lab.ProbeUserNamespaces(t); probe == nil {
+				t.Fatalf("the host can, and the daemon says: %v", refusal)
+			} else if refusal == nil {
+				t.Error("the daemon runs a pod that it says it cannot run")
+			} else {
+				t.Skipf("probe: %v; the daemon says: %v", probe, refusal)
+			}
 		}
 	}
 	if !r.GetFeatures().GetUserNamespacesHostNetwork() {
