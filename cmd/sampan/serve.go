@@ -386,21 +386,23 @@ func keeperDialer(cfg config.Config, binary string, units *systemd.Units, log *s
 }
 
 // keeperSweeper removes the directories and cgroups of keepers that are dead.
-func keeperSweeper(cfg config.Config) func(func(string) bool) ([]string, error) {
+func keeperSweeper(cfg config.Config) func(func(string) bool) (pod.LeftKeepers, error) {
 	dir := keeperDir(cfg, "")
-	return func(needed func(name string) bool) (occupied []string, err error) {
+	return func(needed func(name string) bool) (left pod.LeftKeepers, err error) {
 		traces, err := keeper.Traces(dir)
 		errs := []error{err}
 		for _, t := range traces {
 			switch {
 			case needed(t.Name):
 			case len(t.Containers) > 0:
-				occupied = append(occupied, t.Name)
-			case !t.Alive:
+				left.Occupied = append(left.Occupied, t.Name)
+			case t.Alive:
+				left.Leaving = true
+			default:
 				errs = append(errs, keeper.Bury(dir, t.Name))
 			}
 		}
-		return occupied, errors.Join(append(errs, keeper.BuryCgroups(dir, keeperCgroup(cfg.State, "*")))...)
+		return left, errors.Join(append(errs, keeper.BuryCgroups(dir, keeperCgroup(cfg.State, "*")))...)
 	}
 }
 

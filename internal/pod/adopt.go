@@ -392,8 +392,8 @@ func (s *Pods) sweep(ctx context.Context) {
 // keeperLeaves is how long a keeper may take that is let go.
 const keeperLeaves = 10 * time.Second
 
-// sweepKeepersSoon looks after keepers that were let go: one that was killed while
-// it cleaned up after itself has nobody else who would.
+// sweepKeepersSoon looks after keepers that were let go, until they are gone: one
+// that was killed while it cleaned up after itself has nobody else who would.
 func (s *Pods) sweepKeepersSoon() {
 	if !s.sweeping.CompareAndSwap(false, true) {
 		return
@@ -413,13 +413,13 @@ func (s *Pods) sweepKeepersSoon() {
 // sweepKeepers removes what is left of keepers without pods. One that still has
 // containers is connected to, which removes them, and let go.
 func (s *Pods) sweepKeepers(ctx context.Context) {
-	occupied, err := s.cfg.SweepKeepers(func(name string) bool {
+	left, err := s.cfg.SweepKeepers(func(name string) bool {
 		return name == s.cfg.KeeperFor("") || slices.ContainsFunc(s.snapshotPods(), func(p *Pod) bool { return p.Keeper == name })
 	})
 	if err != nil {
 		s.log.Error("sweep keepers", "err", err)
 	}
-	for _, name := range occupied {
+	for _, name := range left.Occupied {
 		k, err := s.keepers.get(ctx, name, "")
 		if err == nil {
 			var all []keeper.ContainerState
@@ -431,6 +431,10 @@ func (s *Pods) sweepKeepers(ctx context.Context) {
 			s.log.Error("keeper of nobody stays", "keeper", name, "err", err)
 		}
 		s.keepers.leave(name, "")
+		left.Leaving = left.Leaving || err == nil
+	}
+	if left.Leaving {
+		s.sweepKeepersSoon()
 	}
 }
 

@@ -65,7 +65,7 @@ func (l *lab) start() *Pods {
 		Images: l.images, Layers: l.layers, Network: l.network, Plugins: l.plugins,
 		Keeper:       func(context.Context, string) (Keeper, error) { return l.keeper, l.dialErr },
 		KeeperHolds:  func(string, string) bool { return false },
-		SweepKeepers: func(func(string) bool) ([]string, error) { return nil, nil },
+		SweepKeepers: func(func(string) bool) (LeftKeepers, error) { return LeftKeepers{}, nil },
 		KeeperFor:    func(string) string { return "node" },
 		Handlers:     map[string]keeper.Handler{"builtin": {Kind: keeper.Builtin}}, DefaultHandler: "builtin",
 		Facts: l.facts, AppArmor: l.apparmor, SELinux: selinux.New(l.selinux),

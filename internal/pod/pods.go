@@ -105,8 +105,8 @@ type Config struct {
 	// container. It works also when the keeper cannot be started.
 	KeeperHolds func(name, id string) bool
 	// SweepKeepers removes what keepers have left that died and that nobody
-	// needs. It returns those that nobody needs but that have containers.
-	SweepKeepers func(needed func(name string) bool) (occupied []string, err error)
+	// needs, and returns what else there is of keepers that nobody needs.
+	SweepKeepers func(needed func(name string) bool) (left LeftKeepers, err error)
 	// KeeperFor names the keeper that gets a new pod's containers.
 	KeeperFor func(podID string) string
 
@@ -172,6 +172,12 @@ type Pods struct {
 	mu         sync.RWMutex // guards the maps; no other lock is taken while it is held
 	pods       map[string]*Pod
 	containers map[string]*Container
+}
+
+// LeftKeepers are keepers of no pod that a sweep has not removed.
+type LeftKeepers struct {
+	Occupied []string // names of those that have containers
+	Leaving  bool     // there are others, which are alive and leave by themselves
 }
 
 // Pod is one pod. Its configuration never changes.

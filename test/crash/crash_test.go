@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	lab.Main(m)
+	lab.Main(m, buildPrevious)
 }
 
 var (
