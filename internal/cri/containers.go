@@ -186,6 +186,9 @@ func containerStatus(p pod.Status, st pod.ContainerStatus) *runtimeapi.Container
 		c.FinishedAt, c.ExitCode = st.Exit.FinishedAt.UnixNano(), st.Exit.Code
 		c.Reason, c.Message = exitReason(st.Exit), st.Exit.Message
 	}
+	if st.Problem != "" {
+		c.Reason, c.Message = "Unreadable", strings.TrimSpace(st.Problem+"\n"+c.Message)
+	}
 	return c
 }
 

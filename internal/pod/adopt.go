@@ -21,7 +21,9 @@ import (
 )
 
 // Open reads the records of all pods and containers. What it returns can be
-// listed and used at once; Adopt brings it up to date.
+// listed and used at once; Adopt brings it up to date. If a newer sampan wrote any
+// of them Open fails, with ErrVersion, and has changed nothing: what runs goes on,
+// and is not run a second time beside.
 func Open(cfg Config) (*Pods, error) {
 	s := &Pods{
 		cfg: cfg, log: cfg.Logger,
@@ -36,13 +38,17 @@ func Open(cfg Config) (*Pods, error) {
 	if err := s.paths.make(); err != nil {
 		return nil, fmt.Errorf("open pods: %w", err)
 	}
+	unbegun, err := s.loadPods()
+	err = errors.Join(err, s.loadContainers(), errors.Join(s.newer...))
+	if err != nil {
+		return nil, fmt.Errorf("open pods: %w", err)
+	}
+	for _, id := range unbegun {
+		if err := s.discard(s.paths.pod(id)); err != nil {
+			return nil, fmt.Errorf("open pods: %w", err)
+		}
+	}
 	s.sweepCheckpoints()
-	if err := s.loadPods(); err != nil {
-		return nil, fmt.Errorf("open pods: %w", err)
-	}
-	if err := s.loadContainers(); err != nil {
-		return nil, fmt.Errorf("open pods: %w", err)
-	}
 	for _, p := range s.pods {
 		p.told = s.podReached(p)
 		switch p.phase {
@@ -70,23 +76,19 @@ func (s *Pods) Close() {
 	s.work.Wait()
 }
 
-func (s *Pods) loadPods() error {
+// loadPods returns the ids of those that there is nothing of but a directory.
+func (s *Pods) loadPods() (unbegun []string, err error) {
 	entries, err := os.ReadDir(s.paths.pods())
-	if err != nil {
-		return err
-	}
 	for _, e := range entries {
 		if s.unbegun(e.Name()) {
-			if err := s.discard(s.paths.pod(e.Name())); err != nil {
-				return err
-			}
+			unbegun = append(unbegun, e.Name())
 			continue
 		}
 		p := s.loadPod(e.Name())
 		s.pods[p.ID] = p
 		s.cfg.SELinux.Adopt(p.ID, p.Labels)
 	}
-	return nil
+	return unbegun, err
 }
 
 // unbegun tells whether a pod's making was cut off before its configuration was
@@ -104,18 +106,18 @@ func (s *Pods) loadPod(id string) *Pod {
 	dir := s.paths.pod(id)
 	p := &Pod{made: make(chan struct{})}
 	close(p.made)
-	if err := state.Read(filepath.Join(dir, "config"), podKind, &p.podRecord); err != nil {
+	if err := s.read(filepath.Join(dir, "config"), podKind, &p.podRecord); err != nil {
 		p.podRecord = s.unreadablePod(id)
 		p.phase, p.problem = stopped, err.Error()
 		return p
 	}
 	s.loadResources(p)
 	var r readyRecord
-	if err := state.Read(filepath.Join(dir, "stopped"), readyKind, &r); !errors.Is(err, os.ErrNotExist) {
+	if err := s.read(filepath.Join(dir, "stopped"), readyKind, &r); !errors.Is(err, os.ErrNotExist) {
 		p.phase, p.ips = stopped, r.IPs
 		return p
 	}
-	err := state.Read(filepath.Join(dir, "ready"), readyKind, &r)
+	err := s.read(filepath.Join(dir, "ready"), readyKind, &r)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		p.phase = making // never finished: Adopt undoes it

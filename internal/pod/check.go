@@ -11,7 +11,6 @@ import (
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/keeper"
 	"sampan.dev/sampan/internal/spec"
-	"sampan.dev/sampan/internal/state"
 )
 
 // CheckConfig says where to look. Running tells of a keeper whether it is alive.
@@ -31,8 +30,9 @@ type Checked struct {
 
 // What to do about most things.
 const (
-	nextStart = "the daemon's next start undoes it"
-	removePod = "remove the pod"
+	nextStart  = "the daemon's next start undoes it"
+	removePod  = "remove the pod"
+	newerWrote = "the daemon does not start, and nothing is touched"
 )
 
 // Check compares the records of pods and containers with what there is of them:
@@ -86,9 +86,12 @@ func (c *checker) checkPods() error {
 			c.problem(object("pod "+short(id)), nextStart, "its making was cut off at once")
 			continue
 		}
+		newer := len(c.newer)
 		p := c.loadPod(id)
 		c.found.Pods[id], c.pods[id] = true, p
 		switch {
+		case len(c.newer) > newer:
+			c.problem(p, newerWrote, "%v", errors.Join(c.newer[newer:]...))
 		case p.phase == making:
 			c.problem(p, nextStart, "its making was cut off")
 		case p.phase == stopped && strings.HasPrefix(p.Config.GetMetadata().GetName(), "unreadable-"):
@@ -126,14 +129,15 @@ func (c *checker) checkReady(p *Pod) {
 func (c *checker) checkContainers() error {
 	ids, err := names(c.paths.containers())
 	for _, id := range ids {
+		newer := len(c.newer)
 		ct, made, err := c.loadContainer(id)
 		name := fmt.Stringer(object("container " + short(id)))
 		if ct != nil {
 			name = ct
 		}
 		switch {
-		case errors.Is(err, state.ErrVersion):
-			c.problem(name, "a newer sampan wrote it: use that one", "%v", err)
+		case len(c.newer) > newer:
+			c.problem(name, newerWrote, "%v", errors.Join(c.newer[newer:]...))
 		case ct == nil && errors.Is(err, os.ErrNotExist):
 			c.problem(name, nextStart, "its making was cut off at once")
 			continue
@@ -141,6 +145,8 @@ func (c *checker) checkContainers() error {
 			c.problem(name, "remove the container", "%v", err)
 		case c.pods[ct.PodID] == nil:
 			c.problem(name, nextStart, "there is no pod %s", short(ct.PodID))
+		case ct.problem != "":
+			c.problem(name, "remove the container", "%s", ct.problem)
 		case !made:
 			c.problem(name, nextStart, "its making was cut off")
 		case ct.exit == nil:

@@ -57,7 +57,11 @@ func (s *Pods) workDir(paths ...string) (dir string, err error) {
 // abandon removes a checkpoint's directory and what was made besides.
 func (s *Pods) abandon(dir string) error {
 	var r checkpointRecord
-	if err := state.Read(filepath.Join(dir, "record"), checkpointKind, &r); err != nil && !errors.Is(err, os.ErrNotExist) {
+	err := s.read(filepath.Join(dir, "record"), checkpointKind, &r)
+	if errors.Is(err, state.ErrVersion) {
+		return err
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		s.log.Warn("leftover of a checkpoint cannot be told", "path", dir, "err", err)
 	}
 	var errs []error

@@ -44,6 +44,7 @@ type Container struct {
 	// nil if nobody has tried.
 	startTold chan struct{}
 
+	problem     string // why nothing is known but that it is there; empty if that is not so
 	cgroupsPath string // of the spec, if plugins have chosen another; set before the container is visible
 }
 
@@ -74,6 +75,7 @@ type ContainerStatus struct {
 	StopSignal  unix.Signal
 	User        *runtimeapi.ContainerUser
 	LogPath     string
+	Problem     string // why it cannot be told what it is; empty if it can
 }
 
 // Status returns what is known of the container; it never waits.
@@ -83,7 +85,7 @@ func (c *Container) Status() ContainerStatus {
 	st := ContainerStatus{
 		ID: c.ID, PodID: c.PodID, Config: c.Config, ImageID: c.ImageID, ImageDigest: c.ImageDigest,
 		MountImages: c.MountImages, CreatedAt: c.CreatedAt, StartedAt: c.startedAt, State: c.state, Process: c.process,
-		Resources: c.resources, StopSignal: unix.Signal(c.StopSignal),
+		Resources: c.resources, StopSignal: unix.Signal(c.StopSignal), Problem: c.problem,
 	}
 	if c.exit != nil {
 		st.Exit = *c.exit

@@ -50,7 +50,10 @@ func imageMountError(field string, err error) error {
 
 // images lists the ids of all images that the container needs.
 func (c *Container) images() []string {
-	ids := []string{c.ImageID}
+	var ids []string
+	if c.ImageID != "" { // of an unreadable one nobody knows it
+		ids = append(ids, c.ImageID)
+	}
 	for _, m := range c.MountImages {
 		ids = append(ids, m.ID)
 	}

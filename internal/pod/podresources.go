@@ -62,7 +62,7 @@ func (s *Pods) updatePod(p *Pod, overhead, resources *runtimeapi.LinuxContainerR
 func (s *Pods) loadResources(p *Pod) {
 	p.overhead, p.resources = p.Config.GetLinux().GetOverhead(), p.Config.GetLinux().GetResources()
 	var r podResourcesRecord
-	if err := state.Read(filepath.Join(s.paths.pod(p.ID), "resources"), podResourcesKind, &r); err == nil {
+	if err := s.read(filepath.Join(s.paths.pod(p.ID), "resources"), podResourcesKind, &r); err == nil {
 		p.overhead, p.resources = r.Overhead.LinuxContainerResources, r.Resources.LinuxContainerResources
 	}
 }

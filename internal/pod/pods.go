@@ -169,6 +169,8 @@ type Pods struct {
 	// that were made again.
 	swept, reconnects atomic.Int64
 
+	newer []error // records that a newer sampan wrote; used by Open alone
+
 	mu         sync.RWMutex // guards the maps; no other lock is taken while it is held
 	pods       map[string]*Pod
 	containers map[string]*Container

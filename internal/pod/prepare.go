@@ -36,6 +36,9 @@ func (s *Pods) recordContainer(c *Container) error {
 		return err
 	}
 	fault.Point("container.directory-made")
+	if err := os.Symlink(filepath.Join("../../pods", c.PodID), filepath.Join(dir, podLink)); err != nil {
+		return err
+	}
 	return state.Write(filepath.Join(dir, "config"), containerKind, c.containerRecord, state.Volatile)
 }
 

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -54,6 +55,10 @@ func (p paths) make() error {
 	// The namespace directory is shared with others and stays as they like it.
 	return os.MkdirAll(p.netns, 0o755)
 }
+
+// podLink is a symbolic link in a container's directory: which pod's it is, also
+// when its records are damaged.
+const podLink = "pod"
 
 // A pod's directory has its configuration, written once, a fact: ready, which is
 // renamed to stopped, and resources if they were updated. A container's has
@@ -195,24 +200,32 @@ func (s *Pods) loadContainer(id string) (c *Container, made bool, err error) {
 	dir := s.paths.container(id)
 	c = &Container{exited: make(chan struct{}), created: make(chan struct{})}
 	close(c.created)
-	if err := state.Read(filepath.Join(dir, "config"), containerKind, &c.containerRecord); err != nil {
-		return nil, false, err
+	unreadable := s.read(filepath.Join(dir, "config"), containerKind, &c.containerRecord)
+	if errors.Is(unreadable, os.ErrNotExist) {
+		return nil, false, unreadable
+	}
+	if unreadable != nil {
+		if c.containerRecord, err = s.unreadableContainer(id); err != nil {
+			return nil, false, errors.Join(unreadable, err)
+		}
+		c.problem = unreadable.Error()
 	}
 	c.resources = c.Config.GetLinux().GetResources()
 	var created createdRecord
-	if err := state.Read(filepath.Join(dir, "created"), createdKind, &created); err != nil {
+	if err := s.read(filepath.Join(dir, "created"), createdKind, &created); err != nil {
 		return c, false, ignoreAbsent(err)
 	}
 	c.process, c.user, c.cgroupsPath, c.state = created.Process, created.User, created.CgroupsPath, Created
 	var started startedRecord
-	if err := state.Read(filepath.Join(dir, "started"), startedKind, &started); err == nil {
+	if err := s.read(filepath.Join(dir, "started"), startedKind, &started); err == nil {
 		c.startedAt, c.state = started.At, Running
 	}
 	var limits linuxResources
-	if err := state.Read(filepath.Join(dir, "resources"), resourcesKind, &limits); err == nil {
+	if err := s.read(filepath.Join(dir, "resources"), resourcesKind, &limits); err == nil {
 		c.resources = limits.LinuxContainerResources
 	}
-	exit, err := keeper.ReadExit(s.paths.exit(id))
+	var exit keeper.Exit
+	err = s.read(s.paths.exit(id), keeper.ExitKind, &exit)
 	switch {
 	case err == nil:
 		c.end(exit)
@@ -222,6 +235,35 @@ func (s *Pods) loadContainer(id string) (c *Container, made bool, err error) {
 		c.end(keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: bootTime(), Message: "the machine was restarted while the container was there"})
 	}
 	return c, true, nil
+}
+
+// unreadableContainer stands for a container whose record is damaged: it can be seen,
+// stopped and removed, alone or with its pod. What it was asked to be is lost.
+func (s *Pods) unreadableContainer(id string) (containerRecord, error) {
+	dir := s.paths.container(id)
+	pod, err := os.Readlink(filepath.Join(dir, podLink))
+	if err != nil {
+		return containerRecord{}, err
+	}
+	r := containerRecord{
+		ID: id, PodID: filepath.Base(pod), StopSignal: int(unix.SIGTERM),
+		Config: containerConfig{&runtimeapi.ContainerConfig{
+			Metadata: &runtimeapi.ContainerMetadata{Name: "unreadable-" + short(id)},
+		}},
+	}
+	if info, err := os.Lstat(filepath.Join(dir, podLink)); err == nil {
+		r.CreatedAt = info.ModTime()
+	}
+	return r, nil
+}
+
+// read is state.Read during Open, which notes what a newer sampan has written.
+func (s *Pods) read(path string, kind state.Kind, v any) error {
+	err := state.Read(path, kind, v)
+	if errors.Is(err, state.ErrVersion) {
+		s.newer = append(s.newer, err)
+	}
+	return err
 }
 
 func ignoreAbsent(err error) error {

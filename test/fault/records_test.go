@@ -3,8 +3,10 @@ package fault
 import (
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -54,6 +56,9 @@ func TestDamagedRecords(t *testing.T) {
 			damage(t, victim, tries)
 			l.Start(t)
 			awaitRunning(t, l, steady)
+			if strings.HasSuffix(victim, filepath.Join("containers", id, "config")) {
+				findUnreadable(t, l, pod, id)
+			}
 			ctx := brief(t)
 			pods, err := l.Runtime.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
 			must(t, err)
@@ -73,6 +78,107 @@ func TestDamagedRecords(t *testing.T) {
 	}
 	t.Logf("%d kinds of record damaged", len(kinds))
 	if len(kinds) < 6 {
+		t.Errorf("only %v", kinds)
+	}
+}
+
+// findUnreadable finds a container whose record is damaged: it runs, and can be seen,
+// stopped and removed; its pod is as it was.
+func findUnreadable(t *testing.T, l *lab.Lab, pod, id string) {
+	t.Helper()
+	awaitRunning(t, l, id)
+	st := l.Status(t, id)
+	if st.GetReason() != "Unreadable" || !strings.Contains(st.GetMessage(), "record is damaged") {
+		t.Errorf("container whose record is damaged: %s: %q; want the reason", st.GetReason(), st.GetMessage())
+	}
+	if out := l.ExecSync(t, id, "echo", "hello"); string(out.GetStdout()) != "hello\n" {
+		t.Errorf("exec in it: %q, %q", out.GetStdout(), out.GetStderr())
+	}
+	if out, code := l.Fsck(); code != 1 || !strings.Contains(out, id[:13]) {
+		t.Errorf("fsck: %d\n%s", code, out)
+	}
+	r, err := l.Runtime.ListContainers(brief(t), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: pod}})
+	if err != nil || len(r.GetContainers()) != 1 {
+		t.Errorf("containers of its pod: %v, %v", r.GetContainers(), err)
+	}
+	_, err = l.Runtime.StopContainer(brief(t), &runtimeapi.StopContainerRequest{ContainerId: id})
+	must(t, err)
+	if st := l.AwaitExit(t, id, lab.Wait); st.GetExitCode() != 137 {
+		t.Errorf("stopped, it has code %d (%s), want 137", st.GetExitCode(), st.GetMessage())
+	}
+	_, err = l.Runtime.RemoveContainer(brief(t), &runtimeapi.RemoveContainerRequest{ContainerId: id})
+	must(t, err)
+	p, err := l.Runtime.PodSandboxStatus(brief(t), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: pod})
+	if err != nil || p.GetStatus().GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
+		t.Errorf("its pod: %v, %v; want ready", p.GetStatus(), err)
+	}
+}
+
+// TestNewerRecords lets every record there is seem to be a newer sampan's, one after
+// the other. The daemon refuses to start and says which it is; nothing is changed
+// and what runs goes on, so that the newer one, or this one with the record as it
+// was, has all of it.
+func TestNewerRecords(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	image := l.Pull(t, "busybox")
+	_, err := l.Runtime.UpdateRuntimeConfig(brief(t), &runtimeapi.UpdateRuntimeConfigRequest{
+		RuntimeConfig: &runtimeapi.RuntimeConfig{NetworkConfig: &runtimeapi.NetworkConfig{PodCidr: "10.89.0.0/16"}}})
+	must(t, err)
+	config := l.PodConfig("newer")
+	pod := l.RunPod(t, config)
+	id := l.CreateContainer(t, pod, config, l.ContainerConfig("c", image, "sleep", "1000"))
+	l.StartContainer(t, id)
+	limits := &runtimeapi.LinuxContainerResources{CpuShares: 512}
+	_, err = l.Runtime.UpdateContainerResources(brief(t), &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: limits})
+	must(t, err)
+	_, err = l.Runtime.UpdatePodSandboxResources(brief(t), &runtimeapi.UpdatePodSandboxResourcesRequest{PodSandboxId: pod, Resources: limits})
+	must(t, err)
+	ended := l.CreateContainer(t, pod, config, l.ContainerConfig("ended", image, "sh", "-c", "exit 3"))
+	l.StartContainer(t, ended)
+	l.AwaitExit(t, ended, lab.Wait)
+	other := l.PodConfig("other")
+	stopped := l.RunPod(t, other)
+	_, err = l.Runtime.StopPodSandbox(brief(t), &runtimeapi.StopPodSandboxRequest{PodSandboxId: stopped})
+	must(t, err)
+	before := l.Status(t, id)
+
+	kinds := map[string]bool{}
+	for _, path := range records(t, l) {
+		text, err := os.ReadFile(path)
+		must(t, err)
+		name := strings.Fields(string(text))[1]
+		if kinds[name] || strings.HasPrefix(path, filepath.Join(l.State, "keepers")) {
+			continue // keepers read theirs
+		}
+		kinds[name] = true
+		t.Run(name, func(t *testing.T) {
+			l.Kill(t)
+			_, rest, _ := strings.Cut(string(text), " v1 ")
+			must(t, os.WriteFile(path, []byte("sampan "+name+" v9 "+rest), 0o600))
+			files := records(t, l)
+			says := l.StartFails(t)
+			if !strings.Contains(says, path) || !strings.Contains(says, "v9 of "+name) {
+				t.Errorf("the daemon ends without naming %s and its version:\n%s", path, says)
+			}
+			if left := records(t, l); !slices.Equal(left, files) {
+				t.Errorf("records afterwards: %v, were %v", left, files)
+			}
+			if out, code := l.Fsck(); code != 1 || !strings.Contains(out, "v9 of "+name) {
+				t.Errorf("fsck does not tell of it: %d\n%s", code, out)
+			}
+			must(t, os.WriteFile(path, text, 0o600))
+			l.Start(t)
+			awaitRunning(t, l, id)
+			if st := l.Status(t, id); st.GetStartedAt() != before.GetStartedAt() {
+				t.Errorf("the container was started at %d, now at %d", before.GetStartedAt(), st.GetStartedAt())
+			}
+			if code := l.Status(t, ended).GetExitCode(); code != 3 {
+				t.Errorf("the one that ended has the code %d, want 3", code)
+			}
+		})
+	}
+	t.Logf("%d kinds of record: %v", len(kinds), slices.Sorted(maps.Keys(kinds)))
+	if len(kinds) < 12 {
 		t.Errorf("only %v", kinds)
 	}
 }

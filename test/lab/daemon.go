@@ -168,6 +168,20 @@ func (l *Lab) AwaitAnswer(t testing.TB) {
 	}
 }
 
+// StartFails runs the daemon, which must end by itself, and returns its last words.
+func (l *Lab) StartFails(t testing.TB) string {
+	t.Helper()
+	must(t, l.launch())
+	err := l.awaitAnswer(20 * time.Second)
+	select {
+	case <-l.exited:
+		l.daemon = nil
+	default:
+		t.Fatalf("the daemon is there, want it to end: %v", err)
+	}
+	return l.logTail()
+}
+
 // KeepRunning starts the daemon again whenever it ends, as systemd would, until
 // the returned function is called. That leaves it running. Meanwhile nothing else
 // may start or stop the daemon; whatever kills it does so by its pid.
