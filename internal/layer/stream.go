@@ -9,8 +9,9 @@ import (
 	"sync"
 
 	"github.com/containerd/errdefs"
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+
+	"sampan.dev/sampan/internal/inflate"
 )
 
 // Blocks that travel between the stages of a pipeline. Four of them let both
@@ -135,7 +136,7 @@ func Decompress(r io.Reader) (io.ReadCloser, error) {
 	plain := io.NopCloser(br)
 	switch {
 	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
-		plain, err = gzip.NewReader(br)
+		plain, err = inflate.NewReader(br)
 	case bytes.HasPrefix(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}), isSkippable(magic):
 		var d *zstd.Decoder
 		if d, err = zstd.NewReader(br, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(1)); err == nil {

@@ -34,7 +34,7 @@ const module = "sampan.dev/sampan/"
 // the rest of its family.
 var floors = [][]string{
 	{"internal/fault"},
-	{"internal/state", "internal/host", "internal/flight", "internal/config", "internal/embedded", "internal/hello", "internal/backlog", "internal/checkpoint", "internal/bench", "internal/metrics", "internal/span", "internal/fsck", "internal/systemd"},
+	{"internal/state", "internal/host", "internal/flight", "internal/inflate", "internal/config", "internal/embedded", "internal/hello", "internal/backlog", "internal/checkpoint", "internal/bench", "internal/metrics", "internal/span", "internal/fsck", "internal/systemd"},
 	{"internal/spec", "internal/layer", "internal/registry", "internal/network", "internal/ociruntime", "internal/nri", "internal/reset"},
 	{"internal/keeper", "internal/handler"},
 	{"internal/image"},
