@@ -118,7 +118,7 @@ soak:
 abuse:
 	@scripts/install-deps test
 	$(MAKE) build
-	ulimit -n "$$(ulimit -Hn)"; SAMPAN_ABUSE_REQUESTS=40000 SAMPAN_ABUSE_CLIENTS=10000 SAMPAN_ABUSE_EXECS=1000 SAMPAN_ABUSE_LINE_MIB=1024 \
+	ulimit -n "$$(ulimit -Hn)"; SAMPAN_ABUSE_SEED=$${SAMPAN_ABUSE_SEED:-$$(date +%s)} SAMPAN_ABUSE_REQUESTS=40000 SAMPAN_ABUSE_CLIENTS=10000 SAMPAN_ABUSE_EXECS=1000 SAMPAN_ABUSE_LINE_MIB=1024 \
 		SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -timeout 30m -v ./test/abuse
 fuzz:
 	@scripts/install-deps build

@@ -18,6 +18,8 @@ import (
 const (
 	minQuota             = 1000
 	minPeriod, maxPeriod = 1000, 1000000
+	// cgroup v1 takes what is beyond as the nearest; runtimes do so only on v2.
+	minShares, maxShares = 2, 262144
 )
 
 // Resources converts the limits of a container; zero means not specified, so
@@ -50,6 +52,7 @@ func Resources(r *runtimeapi.LinuxContainerResources, facts host.Facts) (*specs.
 func cpu(r *runtimeapi.LinuxContainerResources) *specs.LinuxCPU {
 	c := specs.LinuxCPU{Cpus: r.GetCpusetCpus(), Mems: r.GetCpusetMems()}
 	if v := uint64(r.GetCpuShares()); v != 0 {
+		v = min(max(v, minShares), maxShares)
 		c.Shares = &v
 	}
 	if v := r.GetCpuQuota(); v != 0 {

@@ -24,6 +24,8 @@ func TestResources(t *testing.T) {
 	}{
 		{name: "nothing"},
 		{name: "nothing specified", in: &r{}},
+		{name: "fewest shares", in: &r{CpuShares: 1}, want: specs.LinuxResources{CPU: &specs.LinuxCPU{Shares: ptr(uint64(2))}}},
+		{name: "most shares", in: &r{CpuShares: 1 << 40}, want: specs.LinuxResources{CPU: &specs.LinuxCPU{Shares: ptr(uint64(262144))}}},
 		{name: "cpu", in: &r{CpuShares: 2, CpuQuota: -1, CpuPeriod: 50000, CpusetCpus: "0-3,7"},
 			want: specs.LinuxResources{CPU: &specs.LinuxCPU{Shares: ptr(uint64(2)), Quota: ptr(int64(-1)), Period: ptr(uint64(50000)), Cpus: "0-3,7"}}},
 		{name: "a limit of memory is one of swap", in: &r{MemoryLimitInBytes: 1 << 20},
