@@ -186,6 +186,35 @@ func TestBadRequests(t *testing.T) {
 	})
 }
 
+// TestTooLittleMemory: a limit that not even a container's first steps fit in. When
+// the kernel minds is its own affair.
+func TestTooLittleMemory(t *testing.T) {
+	l := lab.New(t, lab.Options{})
+	image, podConfig := l.Pull(t, "busybox"), l.PodConfig("small")
+	pod := l.RunPod(t, podConfig)
+	for i := range 10 {
+		config := l.ContainerConfig(fmt.Sprint("small-", i), image, "sleep", "1000")
+		config.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 1}
+		r, err := l.Runtime.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{PodSandboxId: pod, Config: config, SandboxConfig: podConfig})
+		if err != nil {
+			checkError(t, err, []codes.Code{codes.ResourceExhausted}, "memory", "limit")
+			continue
+		}
+		// It may have ended already, and then was never started.
+		_, err = l.Runtime.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: r.GetContainerId()})
+		if err != nil {
+			checkError(t, err, []codes.Code{codes.FailedPrecondition}, config.Metadata.Name)
+		}
+		await(t, "the end of "+config.Metadata.Name, func() bool {
+			return l.Status(t, r.GetContainerId()).GetState() == runtimeapi.ContainerState_CONTAINER_EXITED
+		})
+		if st := l.Status(t, r.GetContainerId()); st.GetExitCode() != 137 || st.GetReason() != "OOMKilled" {
+			t.Errorf("%s: %v", config.Metadata.Name, st)
+		}
+	}
+	l.RemovePod(t, pod)
+}
+
 // TestBadRegistries pulls from registries that fail or lie.
 func TestBadRegistries(t *testing.T) {
 	l := lab.New(t, lab.Options{})

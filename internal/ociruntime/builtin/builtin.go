@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -271,6 +272,10 @@ func withoutKnownIDs(spec *specs.Spec) *specs.Spec {
 // for: a program, directory or mount that cannot be.
 var askedFor = []unix.Errno{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.EACCES, unix.ENOEXEC, unix.ELOOP, unix.ENAMETOOLONG, unix.EINVAL}
 
+// wantsMemory is how libcontainer says that a limit of memory is too low. There is
+// no error value for it.
+var wantsMemory = regexp.MustCompile(`OOM-killed|unable to set memory limit`)
+
 // classify gives libcontainer's errors the classes of ociruntime.Runtime.
 func classify(err error) error {
 	class := func(class error) error { return fmt.Errorf("%w: %w", class, err) }
@@ -287,6 +292,8 @@ func classify(err error) error {
 		return class(errdefs.ErrFailedPrecondition)
 	case errors.Is(err, libcontainer.ErrInvalidID), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ERANGE):
 		return class(errdefs.ErrInvalidArgument)
+	case err != nil && wantsMemory.MatchString(err.Error()):
+		return class(errdefs.ErrResourceExhausted)
 	}
 	return err
 }

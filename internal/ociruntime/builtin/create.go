@@ -199,7 +199,7 @@ func (m *creation) run(ctx context.Context, p *launch.Plan) (ociruntime.Started,
 	}
 	err = giveUp(process, started, err, &ours)
 	if n, oerr := m.cgroup.OOMKillCount(); oerr == nil && n > 0 {
-		err = fmt.Errorf("its process was killed for want of memory, is the limit too low? %w", err)
+		err = fmt.Errorf("its process was killed for want of memory, is the limit too low? %w: %w", err, errdefs.ErrResourceExhausted)
 	}
 	return ociruntime.Started{}, err
 }
