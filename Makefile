@@ -147,7 +147,7 @@ conformance-repeat: build
 .PHONY: test-vm
 test-vm:
 	@scripts/install-deps test
-	$(MAKE) deb
+	$(MAKE) deb faultpoints
 	SAMPAN_VM=all SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -timeout 180m -v ./test/vm
 
 .PHONY: deb dist

@@ -3,7 +3,6 @@ package host
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -12,17 +11,10 @@ import (
 )
 
 // requireUserNamespaces skips where no user namespace can be made and used, and
-// builds sampan-init, which makes them.
+// returns sampan-init, which makes them.
 func requireUserNamespaces(t testing.TB) (holder string) {
 	t.Helper()
-	holder = filepath.Join(t.TempDir(), "init")
-	out, err := exec.Command("cc", "-Os", "-static", "-o", holder, "../../cmd/sampan-init/init.c").CombinedOutput()
-	if errors.Is(err, exec.ErrNotFound) {
-		t.Skipf("probe: %v", err)
-	}
-	if err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	holder = buildInit(t)
 	if err := ProbeUserNamespaces(t.TempDir(), holder); err != nil {
 		t.Skipf("probe: %v", err)
 	}

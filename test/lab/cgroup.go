@@ -73,6 +73,11 @@ func enterCgroups(name string) error {
 	if err != nil {
 		return err
 	}
+	if all[0].mountPoint == cgroupRoot {
+		if err := enableControllers(); err != nil {
+			return err
+		}
+	}
 	if err := join(all, name); err != nil {
 		return err
 	}
@@ -87,7 +92,11 @@ func enterCgroups(name string) error {
 		return err
 	}
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	if all[0].mountPoint != cgroupRoot { // v1 or hybrid: a tmpfs of mount points
+	if all[0].mountPoint == cgroupRoot { // v2, of which there cannot be two on one place
+		if err := unix.Unmount(cgroupRoot, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %s: %w", cgroupRoot, err)
+		}
+	} else { // v1 or hybrid: a tmpfs of mount points
 		if err := unix.Mount("tmpfs", cgroupRoot, "tmpfs", flags, "mode=755"); err != nil {
 			return fmt.Errorf("mount %s: %w", cgroupRoot, err)
 		}
@@ -103,6 +112,21 @@ func enterCgroups(name string) error {
 	for link, target := range links {
 		if err := os.Symlink(target, link); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
+		}
+	}
+	return nil
+}
+
+// enableControllers has the lab's cgroup get every controller of cgroup v2. On a host with
+// systemd those are there that some unit has a setting for.
+func enableControllers() error {
+	text, err := os.ReadFile(filepath.Join(cgroupRoot, "cgroup.controllers"))
+	if err != nil {
+		return err
+	}
+	for controller := range strings.FieldsSeq(string(text)) {
+		if err := os.WriteFile(filepath.Join(cgroupRoot, "cgroup.subtree_control"), []byte("+"+controller), 0o644); err != nil {
+			return fmt.Errorf("enable cgroup controller %s: %w", controller, err)
 		}
 	}
 	return nil

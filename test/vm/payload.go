@@ -18,8 +18,9 @@ const PayloadDir = "/payload"
 
 // beside is what the tests of some packages need beside what all have.
 var beside = map[string][]string{
-	"./test/e2e":   {".cache/tools/runc", ".cache/tools/kubelet.test", ".cache/tools/v1alpha2.test"},
-	"./test/crash": {"bin/faultpoints/sampan", "internal"}, // it looks for the fault points in the source
+	"./internal/host": {"bin/init"},
+	"./test/e2e":      {".cache/tools/runc", ".cache/tools/kubelet.test", ".cache/tools/v1alpha2.test"},
+	"./test/crash":    {"bin/faultpoints/sampan", "internal"}, // it looks for the fault points in the source
 }
 
 // Payload makes a disk with what tests need in a guest: the built daemon, the

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -107,9 +108,6 @@ func runTests(t *testing.T, m *vm.VM, pkg string, env []string, args ...string) 
 
 const onNode = lab.Node + "=1"
 
-// cgroupfs is the configuration of a daemon that does not ask systemd.
-const cgroupfs = "SAMPAN_TEST_NODE_CONFIG=[cgroup]\ndriver = \"cgroupfs\""
-
 // TestShort is what takes minutes: a pod's life, kills for want of
 // memory and AppArmor, with systemd on cgroup v2.
 func TestShort(t *testing.T) {
@@ -122,36 +120,51 @@ func TestShort(t *testing.T) {
 	runTests(t, m, "./test/conformance", []string{onNode, "SAMPAN_CONFORMANCE_FOCUS=AppArmor"}, "-test.run=^TestBuiltin$")
 }
 
+// job is a run of a package's compiled tests in a machine.
+type job struct {
+	pkg, tests string
+	env        []string
+}
+
+// The jobs. On a node the daemon is a unit of systemd, in a lab of namespaces it makes
+// cgroups itself.
+var (
+	nodeTests = job{"./test/node", ".", []string{onNode}}
+	critest   = job{"./test/conformance", "^TestBuiltin$", []string{onNode, "SAMPAN_CONFORMANCE=all"}}
+	otherOCI  = job{"./test/conformance", "^(TestRunc|TestCrun)$", []string{onNode}}
+	inLab     = job{"./test/e2e", "^(TestKill|TestRestart|TestStats|TestReset|TestCNI|TestIsolation|TestCrictl|TestHandlerFeatures|TestUserNamespace|TestFsck)$", nil}
+	crashes   = job{"./test/crash", ".", []string{lab.Binary + "=" + vm.PayloadDir + "/bin/faultpoints/sampan"}}
+	units     = []job{{"./internal/host", ".", nil}, {"./internal/layer", ".", nil}, {"./internal/stats", ".", nil}}
+)
+
+// withCgroupfs is the job with a daemon that does not ask systemd.
+func (j job) withCgroupfs() job {
+	j.env = append(slices.Clone(j.env), "SAMPAN_TEST_NODE_CONFIG=[cgroup]\ndriver = \"cgroupfs\"")
+	return j
+}
+
 // TestNode is everything, on each kind of host.
 func TestNode(t *testing.T) {
 	if !everything() {
 		t.Skip("SAMPAN_VM is not all: make test-vm")
 	}
-	s := prepare(t, "./test/node", "./test/conformance", "./internal/host", "./internal/layer", "./internal/stats", "./internal/network/builtin")
-	legacy := []string{"systemd.unified_cgroup_hierarchy=0"}
+	s := prepare(t, "./test/node", "./test/conformance", "./test/e2e", "./test/crash", "./internal/host", "./internal/layer", "./internal/stats")
+	legacy := "systemd.unified_cgroup_hierarchy=0"
 	for _, host := range []struct {
-		name     string
-		options  vm.Options
-		env      []string
-		packages []string
+		name  string
+		words []string // of the kernel's command line
+		jobs  []job
 	}{
-		{"v2", vm.Options{}, nil, []string{"./test/node", "./test/conformance", "./internal/host", "./internal/layer", "./internal/stats"}},
-		{"v2 cgroupfs", vm.Options{}, []string{cgroupfs}, []string{"./test/node", "./test/conformance"}},
-		{"hybrid", vm.Options{Append: legacy}, nil, []string{"./test/node", "./internal/host", "./internal/stats"}},
-		{"v1", vm.Options{Append: append(legacy, "systemd.legacy_systemd_cgroup_controller=1")}, nil, []string{"./test/node", "./internal/host", "./internal/stats"}},
+		{"v2", nil, append([]job{nodeTests, critest, otherOCI}, units...)},
+		{"v2-cgroupfs", nil, []job{nodeTests.withCgroupfs(), critest.withCgroupfs()}},
+		{"v2-lab", nil, []job{inLab, crashes}},
+		{"hybrid", []string{legacy}, append([]job{nodeTests, critest}, units...)},
+		{"v1", []string{legacy, "systemd.legacy_systemd_cgroup_controller=1"}, append([]job{nodeTests, critest}, units...)},
 	} {
 		t.Run(host.name, func(t *testing.T) {
-			m := s.boot(t, host.options)
-			for _, p := range host.packages {
-				args := []string{"-test.run=."}
-				if p == "./test/conformance" {
-					args = []string{"-test.run=^TestBuiltin$"}
-				}
-				env := host.env
-				if strings.HasPrefix(p, "./test/") {
-					env = append(env, onNode)
-				}
-				runTests(t, m, p, env, args...)
+			m := s.boot(t, vm.Options{Append: host.words})
+			for _, j := range host.jobs {
+				runTests(t, m, j.pkg, j.env, "-test.run="+j.tests)
 			}
 		})
 	}

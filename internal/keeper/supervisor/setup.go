@@ -120,6 +120,9 @@ func enterCgroup(path string) error {
 // leaveCgroup moves this process to the top and removes its cgroup.
 func leaveCgroup(path string) error {
 	err := moveTo("/", nil)
+	if errors.Is(err, unix.EBUSY) { // v2, in a cgroup namespace: below its root others have controllers
+		err = joinFirst()
+	}
 	dirs, herr := hierarchies()
 	errs := []error{err, herr}
 	for _, root := range dirs {
@@ -128,6 +131,18 @@ func leaveCgroup(path string) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// joinFirst moves this process to where process 1 is in cgroup v2.
+func joinFirst() error {
+	first, err := host.CgroupOf(1)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(first[""], "cgroup.procs"), []byte("0"), 0); err != nil {
+		return fmt.Errorf("move to the cgroup of process 1: %w", err)
+	}
+	return nil
 }
 
 func moveTo(path string, prepare func(root string) error) error {
