@@ -148,7 +148,7 @@ func (c checks) all(ctx context.Context) ([]fsck.Problem, error) {
 	if err != nil {
 		return nil, err
 	}
-	links, err := builtin.Check(builtin.Config{State: filepath.Join(c.cfg.State, "network")}, func(id string) bool { return pods.Pods[id] })
+	links, err := builtin.Check(builtin.Config{Dir: filepath.Join(c.cfg.Root, "network", "builtin"), State: filepath.Join(c.cfg.State, "network")}, func(id string) bool { return pods.Pods[id] })
 	return slices.Concat(layers, images, pods.Problems, keepers, links), err
 }
 

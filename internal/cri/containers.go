@@ -155,6 +155,7 @@ var containerStates = map[pod.State]runtimeapi.ContainerState{
 	pod.Created: runtimeapi.ContainerState_CONTAINER_CREATED,
 	pod.Running: runtimeapi.ContainerState_CONTAINER_RUNNING,
 	pod.Exited:  runtimeapi.ContainerState_CONTAINER_EXITED,
+	pod.Unknown: runtimeapi.ContainerState_CONTAINER_UNKNOWN,
 }
 
 func containerItem(st pod.ContainerStatus) *runtimeapi.Container {

@@ -72,6 +72,9 @@ const (
 	Created State = "created"
 	Running State = "running"
 	Exited  State = "exited"
+	// Unreadable is one whose records are damaged. It goes on, with nobody who takes
+	// its output, and can be signalled and deleted.
+	Unreadable State = "unreadable"
 )
 
 // ContainerState is what a keeper knows of a container.

@@ -357,6 +357,7 @@ func (s *Pods) refresh(c *Container, ks keeper.ContainerState) {
 	if c.state == Created && ks.State != keeper.Created && !ks.StartedAt.IsZero() {
 		c.state, c.startedAt = Running, ks.StartedAt
 	}
+	c.lost = ks.State == keeper.Unreadable
 	c.mu.Unlock()
 	if ks.Exit != nil {
 		c.end(*ks.Exit)

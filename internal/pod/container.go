@@ -45,6 +45,7 @@ type Container struct {
 	startTold chan struct{}
 
 	problem     string // why nothing is known but that it is there; empty if that is not so
+	lost        bool   // its keeper has it, but cannot read its records
 	cgroupsPath string // of the spec, if plugins have chosen another; set before the container is visible
 }
 
@@ -57,6 +58,7 @@ const (
 	Running
 	Exited
 	Removing // invisible to nobody, but on its way out
+	Unknown  // only in a ContainerStatus: it is there, but its keeper cannot tell more
 )
 
 // ContainerStatus is a snapshot of a container.
@@ -90,6 +92,8 @@ func (c *Container) Status() ContainerStatus {
 	if c.exit != nil {
 		st.Exit = *c.exit
 		st.State = Exited
+	} else if c.lost {
+		st.State, st.Problem = Unknown, "its keeper cannot read its records, and does not take its output: stop it; the keeper's log says more"
 	}
 	if c.user != nil {
 		st.User = &runtimeapi.ContainerUser{Linux: &runtimeapi.LinuxContainerUser{Uid: c.user.UID, Gid: c.user.GID, SupplementalGroups: c.user.Groups}}
@@ -418,7 +422,7 @@ func (c *Container) start(run func() (time.Time, error)) (time.Time, error) {
 
 // String returns the state as in "it is running".
 func (s State) String() string {
-	return [...]string{"being created", "created", "running", "exited", "being removed"}[s]
+	return [...]string{"being created", "created", "running", "exited", "being removed", "unknown"}[s]
 }
 
 func (s *Pods) keeperOf(ctx context.Context, c *Container) (Keeper, error) {

@@ -115,7 +115,7 @@ func Decode(data []byte, kind Kind, v any) error {
 		return fmt.Errorf("%w: content does not match its checksum", ErrDamaged)
 	}
 	if !kind.knows(version) {
-		return fmt.Errorf("%w: v%d of %s, and this sampan knows v%d: start the one that wrote it; nothing was changed", ErrVersion, version, name, kind.Version)
+		return fmt.Errorf("%w: v%d of %s, and this sampan knows v%d: start the one that wrote it; it is not touched", ErrVersion, version, name, kind.Version)
 	}
 	if err := json.Unmarshal(body, v); err != nil {
 		return fmt.Errorf("%w: %w", ErrDamaged, err)

@@ -95,7 +95,8 @@ type shooting struct {
 	l         *lab.Lab
 	k         *kubelet
 	residents []*resident
-	quiet     lab.Mark // what is there between runs
+	quiet     lab.Mark       // what is there between runs
+	open      map[string]int // descriptors of a process in a role, when nothing had been killed
 }
 
 func newRange(t *testing.T, h house) *shooting {
@@ -110,6 +111,10 @@ func newRange(t *testing.T, h house) *shooting {
 	}
 	r.residents = startResidents(t, r.k)
 	if err := r.settled(); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	if r.open, err = r.k.descriptors(); err != nil {
 		t.Fatal(err)
 	}
 	stop := l.KeepRunning(t)
@@ -236,7 +241,7 @@ func (r *shooting) runOne(t *testing.T, s scenario, shots []shot) {
 		t.Fatal(derr)
 	}
 	if err == nil {
-		err = r.l.LeftSince(r.quiet)
+		err = errors.Join(r.l.LeftSince(r.quiet), r.sameDescriptors())
 	}
 	if err != nil {
 		t.Errorf("%s: %v\nfired: %v\nagain: go test ./test/crash -run '^TestPoints$/^%s$' -v -args -crash.only=%s", s.name, err, fired, r.name, strings.Join(names, ","))
@@ -254,10 +259,57 @@ func (r *shooting) settled() error {
 	if err := r.k.onlyResidents(); err != nil {
 		return err
 	}
+	if err := r.l.Races(); err != nil {
+		return err
+	}
 	if out, code := r.l.Fsck(); code != 0 {
 		return fmt.Errorf("sampan fsck: exit code %d:\n%s", code, out)
 	}
 	return nil
+}
+
+// someDescriptors is by how many the number of a process' descriptors may differ from
+// run to run: connections come and go. What leaks one for each kill has more soon.
+const someDescriptors = 12
+
+// sameDescriptors fails if a process has more open than at first. Those of a keeper
+// go from process to process, so that what leaks stays.
+func (r *shooting) sameDescriptors() error {
+	var err error
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(5 * pause) {
+		now, lerr := r.k.descriptors()
+		if err = lerr; err != nil {
+			return err
+		}
+		for role, n := range now {
+			if n > r.open[role]+someDescriptors {
+				err = fmt.Errorf("a %s has %d open descriptors, at first it was %d", role, n, r.open[role])
+			}
+		}
+		if err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// descriptors counts those of the process in each role that has most.
+func (k *kubelet) descriptors() (map[string]int, error) {
+	most := map[string]int{}
+	for _, role := range []string{"daemon", "supervisor", "worker"} {
+		pids, err := k.pids(role)
+		if err != nil {
+			return nil, err
+		}
+		for _, pid := range pids {
+			open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return nil, err
+			}
+			most[role] = max(most[role], len(open))
+		}
+	}
+	return most, nil
 }
 
 func ignoreAbsent(err error) error {

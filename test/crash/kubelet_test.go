@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
@@ -154,6 +155,8 @@ type writer struct {
 	code  int32
 	every time.Duration
 	both  bool // writes to stderr too
+
+	terminal bool // has one, which a blackout closes: it dies of that
 }
 
 func (w writer) config(l *lab.Lab) *runtimeapi.ContainerConfig {
@@ -161,7 +164,9 @@ func (w writer) config(l *lab.Lab) *runtimeapi.ContainerConfig {
 	if w.both {
 		args = append(args, "-both")
 	}
-	return l.ContainerConfig("writer", "docker.io/sampan/lines", args...)
+	config := l.ContainerConfig("writer", "docker.io/sampan/lines", args...)
+	config.Tty, config.Stdin = w.terminal, w.terminal
+	return config
 }
 
 // check waits for the writer's end and finds every line once and the code. Only
@@ -174,7 +179,8 @@ func (w writer) check(k *kubelet, id, log string, blackouts int64) error {
 		return err
 	}
 	dark := k.blackedOut(blackouts)
-	unseen := dark && st.GetExitCode() == 255 && strings.Contains(st.GetMessage(), "no keeper ran")
+	unseen := dark && st.GetExitCode() == 255 && strings.Contains(st.GetMessage(), "no keeper ran") ||
+		dark && w.terminal && st.GetExitCode() == 128+int32(unix.SIGHUP)
 	if st.GetExitCode() != w.code && !unseen {
 		return fmt.Errorf("writer: exit code %d (%s: %s), want %d", st.GetExitCode(), st.GetReason(), st.GetMessage(), w.code)
 	}

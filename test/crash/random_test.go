@@ -4,6 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -13,7 +17,7 @@ import (
 )
 
 const (
-	clients = 3 // that work at the same time
+	clients = 4 // that work at the same time
 	// rest is how many kills there are between two looks at what is left.
 	rest = 25
 	// betweenKills bounds the pauses.
@@ -31,7 +35,11 @@ func TestRandom(t *testing.T) {
 	}
 	r := newRange(t, houses(t)[0])
 	r.quiet = r.l.Mark(t)
-	defer func() { r.print(t, r.k) }()
+	defer func() {
+		r.print(t, r.k)
+		now, err := r.k.descriptors()
+		t.Logf("open descriptors: %v at first, %v now (%v)", r.open, now, err)
+	}()
 	for r.kills < kills && !t.Failed() {
 		r.storm(t, rng)
 	}
@@ -44,7 +52,7 @@ func (r *shooting) storm(t *testing.T, rng *rand.Rand) {
 	var enough atomic.Bool
 	var work sync.WaitGroup
 	errs := make([]error, clients)
-	lives := []func(*kubelet) error{life, sharedPID, otherLife}
+	lives := []func(*kubelet) error{life, sharedPID, otherLife, terminal}
 	var runs atomic.Int64
 	for i := range clients {
 		work.Go(func() {
@@ -71,7 +79,7 @@ func (r *shooting) storm(t *testing.T, rng *rand.Rand) {
 		err = r.settled()
 	}
 	if err == nil {
-		err = r.l.LeftSince(r.quiet)
+		err = errors.Join(r.l.LeftSince(r.quiet), r.sameDescriptors())
 	}
 	if err != nil {
 		t.Errorf("%v\nkilled: %v", err, log)
@@ -88,6 +96,10 @@ func (r *shooting) killSomebody(t *testing.T, rng *rand.Rand) string {
 		roles = []string{"supervisor", "worker"}
 	case "all":
 		roles = []string{"daemon", "supervisor", "worker"}
+	}
+	if alone, err := r.k.allHeldBy(roles); err != nil {
+		t.Error(err)
+	} else if alone {
 		r.k.blackouts.Add(1)
 	}
 	for _, role := range roles {
@@ -97,4 +109,39 @@ func (r *shooting) killSomebody(t *testing.T, rng *rand.Rand) string {
 	}
 	r.kills++
 	return who
+}
+
+// allHeldBy tells whether what a container writes, or how it ends, is lost if all
+// processes in these roles die now: nobody else has it open. Whoever was started a
+// moment ago, after other kills, does not yet.
+func (k *kubelet) allHeldBy(roles []string) (bool, error) {
+	held, elsewhere := map[string]bool{}, map[string]bool{}
+	for _, role := range []string{"daemon", "supervisor", "worker"} {
+		pids, err := k.pids(role)
+		if err != nil {
+			return false, err
+		}
+		for _, pid := range pids {
+			for _, fifo := range k.fifos(pid) {
+				held[fifo] = true
+				if !slices.Contains(roles, role) {
+					elsewhere[fifo] = true
+				}
+			}
+		}
+	}
+	return len(held) == 0 || len(elsewhere) < len(held), nil
+}
+
+// fifos are those of containers' output that a process has open.
+func (k *kubelet) fifos(pid int) []string {
+	var open []string
+	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid)) // none of one that is gone
+	for _, link := range links {
+		path, err := os.Readlink(link)
+		if err == nil && strings.HasPrefix(path, filepath.Join(k.l.State, "keepers")) && filepath.Base(path) == "stdout" {
+			open = append(open, path)
+		}
+	}
+	return open
 }

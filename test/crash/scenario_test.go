@@ -31,7 +31,7 @@ type house struct {
 func houses(t *testing.T) []house {
 	return []house{
 		{"node", lab.Options{}, 30, []scenario{
-			{"life", life}, {"shared", sharedPID}, {"adopted", adopted}, {"restart", restart}, {"subnets", subnets},
+			{"life", life}, {"terminal", terminal}, {"shared", sharedPID}, {"adopted", adopted}, {"restart", restart}, {"subnets", subnets},
 		}},
 		{"isolated", lab.Options{Config: "[network]\nsubnet = \"" + lab.Subnet + "\"\n[keeper]\nisolation = \"pod\"\n"}, 4, []scenario{
 			{"alone", alone},
@@ -150,6 +150,26 @@ func sharedPID(k *kubelet) error {
 		return err
 	}
 	if err := k.ready(pod); err != nil {
+		return err
+	}
+	return k.removePod(pod)
+}
+
+// terminal is a container with a terminal, which goes on as long as any process of
+// Sampan has it open.
+func terminal(k *kubelet) error {
+	blackouts := k.blackouts.Load()
+	podConfig := k.l.PodConfig(k.name("terminal"))
+	pod, err := k.runPod(podConfig)
+	if err != nil {
+		return fmt.Errorf("run pod: %w", err)
+	}
+	w := writer{lines: 150, code: 7, every: time.Millisecond, terminal: true}
+	id, err := k.run(pod, podConfig, w.config(k.l))
+	if err != nil {
+		return fmt.Errorf("run writer: %w", err)
+	}
+	if err := w.check(k, id, filepath.Join(podConfig.GetLogDirectory(), "writer.log"), blackouts); err != nil {
 		return err
 	}
 	return k.removePod(pod)
@@ -307,9 +327,6 @@ func startResidents(t *testing.T, k *kubelet) []*resident {
 		pod := k.l.RunPod(t, podConfig)
 		w := writer{lines: 100_000_000, every: time.Duration(10*(i+1)) * time.Millisecond, both: i == 1}
 		config := w.config(k.l)
-		if i == 5 {
-			config.Tty, config.Stdin = true, true
-		}
 		id := k.l.CreateContainer(t, pod, podConfig, config)
 		k.l.StartContainer(t, id)
 		all = append(all, &resident{id: id, log: filepath.Join(podConfig.GetLogDirectory(), "writer.log"), started: k.l.Status(t, id).GetStartedAt(), read: w.reader()})

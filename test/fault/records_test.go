@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/test/lab"
@@ -39,9 +40,12 @@ func TestDamagedRecords(t *testing.T) {
 		c := l.ContainerConfig("c", image, "sleep", "1000")
 		id := l.CreateContainer(t, pod, config, c)
 		l.StartContainer(t, id)
-		var victim string
+		var victim, kind string
 		for _, path := range records(t, l) {
-			if kind := kindOf(path, pod, id); !kinds[kind] && !strings.Contains(path, steady) && !strings.Contains(path, other) {
+			if strings.Contains(path, steady) || strings.Contains(path, other) {
+				continue
+			}
+			if kind = kindOf(t, path); !kinds[kind] {
 				victim = path
 				kinds[kind] = true
 				break
@@ -51,13 +55,18 @@ func TestDamagedRecords(t *testing.T) {
 			l.RemovePod(t, pod)
 			break
 		}
-		t.Run(strings.ReplaceAll(kindOf(victim, pod, id), "/", "_"), func(t *testing.T) {
+		t.Run(kind, func(t *testing.T) {
 			l.Kill(t)
 			damage(t, victim, tries)
 			l.Start(t)
 			awaitRunning(t, l, steady)
 			if strings.HasSuffix(victim, filepath.Join("containers", id, "config")) {
 				findUnreadable(t, l, pod, id)
+			}
+			if strings.HasPrefix(victim, filepath.Join(l.State, "keepers")) {
+				killWorker(t, l) // the next one reads it
+				awaitRunning(t, l, steady)
+				findLost(t, l, victim, id)
 			}
 			ctx := brief(t)
 			pods, err := l.Runtime.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
@@ -114,6 +123,49 @@ func findUnreadable(t *testing.T, l *lab.Lab, pod, id string) {
 	}
 }
 
+func killWorker(t *testing.T, l *lab.Lab) {
+	t.Helper()
+	before := l.Keepers(t, "worker")
+	must(t, unix.Kill(before[0], unix.SIGKILL))
+	for end := time.Now().Add(lab.Wait); ; time.Sleep(20 * time.Millisecond) {
+		now := l.Keepers(t, "worker")
+		if len(now) == 1 && now[0] != before[0] {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("keeper: its worker was killed, now they are %v", now)
+		}
+	}
+}
+
+// findLost finds a container that runs and that its keeper may not know much of. It is
+// never told to have ended, and can be stopped.
+func findLost(t *testing.T, l *lab.Lab, record, id string) {
+	t.Helper()
+	want := runtimeapi.ContainerState_CONTAINER_RUNNING
+	switch filepath.Base(record) {
+	case "request", "process":
+		want = runtimeapi.ContainerState_CONTAINER_UNKNOWN
+	case "first", "undo", "entry": // the runtime's; whatever it makes of it
+		return
+	}
+	var st *runtimeapi.ContainerStatus
+	for end := time.Now().Add(lab.Wait); ; time.Sleep(50 * time.Millisecond) {
+		st = l.Status(t, id)
+		if st.GetState() == want && (want == runtimeapi.ContainerState_CONTAINER_RUNNING || strings.Contains(st.GetMessage(), "keeper")) {
+			break
+		}
+		if st.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED || time.Now().After(end) {
+			t.Fatalf("container with a damaged keeper's record: %v, %d (%q); want %v", st.GetState(), st.GetExitCode(), st.GetMessage(), want)
+		}
+	}
+	_, err := l.Runtime.StopContainer(brief(t), &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: 1})
+	must(t, err)
+	if st := l.AwaitExit(t, id, lab.Wait); st.GetExitCode() == 0 {
+		t.Errorf("stopped, it has code %d (%s)", st.GetExitCode(), st.GetMessage())
+	}
+}
+
 // TestNewerRecords lets every record there is seem to be a newer sampan's, one after
 // the other. The daemon refuses to start and says which it is; nothing is changed
 // and what runs goes on, so that the newer one, or this one with the record as it
@@ -146,7 +198,7 @@ func TestNewerRecords(t *testing.T) {
 	for _, path := range records(t, l) {
 		text, err := os.ReadFile(path)
 		must(t, err)
-		name := strings.Fields(string(text))[1]
+		name := kindOf(t, path)
 		if kinds[name] || strings.HasPrefix(path, filepath.Join(l.State, "keepers")) {
 			continue // keepers read theirs
 		}
@@ -226,18 +278,12 @@ func records(t *testing.T, l *lab.Lab) []string {
 	return found
 }
 
-// kindOf is a record's path without what is its own.
-func kindOf(path, pod, container string) string {
-	for _, own := range []string{pod, container} {
-		path = strings.ReplaceAll(path, own, "ID")
-	}
-	parts := strings.Split(path, "/")
-	for i, p := range parts {
-		if len(p) > 16 && strings.Trim(p, "0123456789abcdef") == "" {
-			parts[i] = "ID"
-		}
-	}
-	return strings.Join(parts[max(0, len(parts)-3):], "/")
+// kindOf is the kind of a record, as its first line has it.
+func kindOf(t *testing.T, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	must(t, err)
+	return strings.Fields(string(text))[1]
 }
 
 // awaitRunning waits until the daemon has taken over a container.

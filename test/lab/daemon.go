@@ -362,6 +362,19 @@ func (l *Lab) logTail() string {
 	return "daemon's log ends:\n" + string(bytes.Join(rows, []byte("\n")))
 }
 
+// Races fails if a daemon or keeper that was built with the race detector has
+// reported a race.
+func (l *Lab) Races() error {
+	logs, err := filepath.Glob(filepath.Join(l.State, "keepers", "*", "log"))
+	for _, path := range append(logs, filepath.Join(l.Dir, "daemon.log")) {
+		text, rerr := os.ReadFile(path)
+		if at := bytes.Index(text, []byte("WARNING: DATA RACE")); rerr == nil && at >= 0 {
+			return fmt.Errorf("%s: %s", path, text[at:min(len(text), at+4000)])
+		}
+	}
+	return err
+}
+
 // Fsck runs `sampan fsck` and returns what it printed and its exit code.
 func (l *Lab) Fsck(args ...string) (output string, code int) {
 	cmd := exec.Command(l.Binary, append([]string{"fsck", "--config", l.config}, args...)...)

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -68,8 +69,10 @@ type container struct {
 	// be: then failure says why. Until then only its maker touches what follows.
 	ready   chan struct{}
 	failure error
-	abandon context.CancelFunc // ends its creation; of no effect later
-	making  context.Context
+	// unreadable is set if the failure is that its records are damaged.
+	unreadable bool
+	abandon    context.CancelFunc // ends its creation; of no effect later
+	making     context.Context
 
 	req       keeper.CreateRequest
 	rt        ociruntime.Runtime
@@ -252,9 +255,9 @@ func (c *container) adopt() {
 	made, err := c.load()
 	switch {
 	case err != nil:
-		// It stays, to be deleted or looked at.
 		c.failure = fmt.Errorf("adopt container %s: %w", c.id, err)
 		c.log.Error("adopt", "err", err)
+		c.keepUnreadable()
 	case !made:
 		ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
 		defer cancel()
@@ -270,28 +273,59 @@ func (c *container) adopt() {
 	}
 }
 
+// keepUnreadable keeps what has been read of a container, to be signalled, waited
+// for and deleted.
+func (c *container) keepUnreadable() {
+	if f := c.files[processName]; c.pidfd == nil && f != nil {
+		c.pidfd = host.PidfdOf(f)
+	}
+	if c.pidfd == nil && c.process.Pid != 0 {
+		var err error
+		if c.pidfd, err = c.process.Open(); err != nil {
+			c.log.Warn("open the process of an unreadable container", "err", err)
+		}
+	}
+	if c.rt == nil { // what there is to undo is noted by all in the same way
+		var err error
+		if c.rt, err = c.w.runtime(keeper.Handler{Kind: keeper.Builtin}); err != nil {
+			c.log.Error("runtime of an unreadable container", "err", err)
+			return
+		}
+	}
+	c.unreadable = true
+	go c.awaitUnreadable()
+}
+
+// isUnreadable tells whether the container is there, but its records are damaged.
+func (c *container) isUnreadable() bool {
+	select {
+	case <-c.ready:
+		return c.unreadable
+	default:
+		return false
+	}
+}
+
 // load reads the container's records and opens its files; made is false if its
 // Create was cut off.
 func (c *container) load() (made bool, err error) {
-	err = state.Read(c.path(requestName), requestKind, &c.req)
-	if errors.Is(err, fs.ErrNotExist) {
+	unreadable := state.Read(c.path(requestName), requestKind, &c.req)
+	if errors.Is(unreadable, fs.ErrNotExist) {
 		return false, nil
 	}
-	if err != nil {
+	var p processRecord
+	err = state.Read(c.path(processName), processKind, &p)
+	if unreadable == nil && errors.Is(err, fs.ErrNotExist) {
+		c.rt, err = c.w.runtime(c.req.Handler)
+		return false, err
+	}
+	c.process, c.createdAt = p.Process, p.CreatedAt
+	if err := cmp.Or(unreadable, err); err != nil {
 		return false, err
 	}
 	if c.rt, err = c.w.runtime(c.req.Handler); err != nil {
 		return false, err
 	}
-	var p processRecord
-	err = state.Read(c.path(processName), processKind, &p)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	c.process, c.createdAt = p.Process, p.CreatedAt
 	if err := c.loadProgress(); err != nil {
 		return false, err
 	}
@@ -318,6 +352,8 @@ func (c *container) loadProgress() error {
 	switch {
 	case err == nil:
 		c.exit = &exit
+	case errors.Is(err, state.ErrDamaged):
+		c.exit = &keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: err.Error()}
 	case !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
@@ -337,6 +373,14 @@ func (c *container) loadProgress() error {
 	err = state.Read(c.path(startedName), startedKind, &s)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
+	}
+	if errors.Is(err, state.ErrDamaged) {
+		// It says when, and so does the file.
+		info, serr := os.Stat(c.path(startedName))
+		if serr != nil {
+			return serr
+		}
+		s.At, err = info.ModTime(), nil
 	}
 	if err != nil {
 		return err
@@ -410,7 +454,7 @@ func (c *container) signal(ctx context.Context, sig unix.Signal, all bool) error
 	if c.state() == keeper.Exited || c.pidfd == nil {
 		return fmt.Errorf("signal container %s: it has exited: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
-	if all || sig == unix.SIGKILL {
+	if !c.unreadable && (all || sig == unix.SIGKILL) {
 		// The runtime knows whether the first process takes the others along.
 		err := c.rt.Signal(ctx, c.name(), sig, all)
 		if err == nil && sig == unix.SIGKILL && c.isPaused() {
@@ -433,7 +477,7 @@ func (c *container) delete(ctx context.Context) error {
 	if c.isDeleted() {
 		return nil
 	}
-	if c.failure == nil && c.state() != keeper.Exited {
+	if (c.failure == nil || c.unreadable) && c.state() != keeper.Exited {
 		if err := c.rt.Signal(ctx, c.name(), unix.SIGKILL, true); err != nil && !errdefs.IsFailedPrecondition(err) && !errdefs.IsNotFound(err) {
 			c.log.Warn("kill before delete", "err", err)
 		}

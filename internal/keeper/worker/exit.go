@@ -67,6 +67,18 @@ func (c *container) await() {
 	}
 }
 
+// awaitUnreadable sees a container through its end whose records are damaged. There
+// is no log that its output could go to, and nowhere to record its exit.
+func (c *container) awaitUnreadable() {
+	exit := c.waitExit()
+	c.stopLeftovers()
+	c.mu.Lock()
+	c.exit = &exit
+	c.mu.Unlock()
+	close(c.exited)
+	c.w.publish(c, exit)
+}
+
 // waitExit waits for the end of the first process.
 func (c *container) waitExit() keeper.Exit {
 	if c.pidfd != nil {
@@ -200,8 +212,11 @@ func (c *container) snapshot() (s *api.Container, ok bool) {
 	st := c.state()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.failure != nil || c.deleted {
+	if c.failure != nil && !c.unreadable || c.deleted {
 		return nil, false
+	}
+	if c.unreadable && c.exit == nil {
+		st = keeper.Unreadable
 	}
 	s = &api.Container{
 		Id: c.id, PodId: c.req.PodID, Process: toAPIProcess(c.process), State: string(st),

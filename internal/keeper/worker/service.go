@@ -99,7 +99,7 @@ func (s *service) Start(ctx context.Context, r *api.StartRequest) (*api.StartRes
 
 func (s *service) Signal(ctx context.Context, r *api.SignalRequest) (*api.Empty, error) {
 	c, err := s.w.container(ctx, r.Id)
-	if err != nil {
+	if err != nil && (c == nil || !c.isUnreadable()) {
 		return nil, err
 	}
 	return &api.Empty{}, c.signal(ctx, unix.Signal(r.Signal), r.All)

@@ -38,6 +38,11 @@ func Check(cfg Config, known func(podID string) bool) ([]fsck.Problem, error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, err := (shelf{cfg.Dir, cfg.State}).subnets(); errors.Is(err, state.ErrVersion) {
+		problems = append(problems, fsck.Problem{Object: "network", What: err.Error(), Remedy: "the daemon does not start, and nothing is touched"})
+	} else if err != nil {
+		problems = append(problems, fsck.Problem{Object: "network", What: err.Error(), Remedy: "the subnets of the configuration count until the kubelet tells its own again"})
+	}
 	for _, r := range records {
 		if !r.Leaving && !there[r.Link] {
 			problems = append(problems, fsck.Problem{Object: "pod " + r.Name, What: fmt.Sprintf("its link %s is gone", r.Link), Remedy: "its containers have no network: remove the pod, so that it is made anew"})
@@ -77,7 +82,7 @@ func checkRecords(s shelf, known func(podID string) bool) ([]*record, []fsck.Pro
 		switch {
 		case errors.Is(err, os.ErrNotExist):
 		case errors.Is(err, state.ErrVersion):
-			problems = append(problems, fsck.Problem{Object: object, What: err.Error(), Remedy: "a newer sampan wrote it: use that one"})
+			problems = append(problems, fsck.Problem{Object: object, What: err.Error(), Remedy: "the daemon does not start, and nothing is touched"})
 		case err != nil:
 			problems = append(problems, fsck.Problem{Object: object, What: err.Error(), Remedy: "the daemon's next start makes it again from what the kernel knows; host ports are lost"})
 		case r.Boot != host.BootID():
