@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -159,6 +160,12 @@ type writer struct {
 	terminal bool // has one, which a blackout closes: it dies of that
 }
 
+// How a writer ends whose terminal is closed, by whichever it hears of first.
+const (
+	hungUp      = 128 + int32(unix.SIGHUP)
+	cannotWrite = 1
+)
+
 func (w writer) config(l *lab.Lab) *runtimeapi.ContainerConfig {
 	args := []string{fmt.Sprint("-n=", w.lines), fmt.Sprint("-exit=", w.code), fmt.Sprint("-every=", w.every)}
 	if w.both {
@@ -180,9 +187,9 @@ func (w writer) check(k *kubelet, id, log string, blackouts int64) error {
 	}
 	dark := k.blackedOut(blackouts)
 	unseen := dark && st.GetExitCode() == 255 && strings.Contains(st.GetMessage(), "no keeper ran") ||
-		dark && w.terminal && st.GetExitCode() == 128+int32(unix.SIGHUP)
+		dark && w.terminal && slices.Contains([]int32{hungUp, cannotWrite}, st.GetExitCode())
 	if st.GetExitCode() != w.code && !unseen {
-		return fmt.Errorf("writer: exit code %d (%s: %s), want %d", st.GetExitCode(), st.GetReason(), st.GetMessage(), w.code)
+		return fmt.Errorf("%s: exit code %d (%s: %s), want %d", log, st.GetExitCode(), st.GetReason(), st.GetMessage(), w.code)
 	}
 	read := w.reader()
 	if err := read.follow(log); err != nil {

@@ -7,11 +7,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"sampan.dev/sampan/test/lab"
 )
@@ -122,10 +123,10 @@ func (k *kubelet) allHeldBy(roles []string) (bool, error) {
 			return false, err
 		}
 		for _, pid := range pids {
-			for _, fifo := range k.fifos(pid) {
-				held[fifo] = true
+			for _, output := range k.outputs(pid) {
+				held[output] = true
 				if !slices.Contains(roles, role) {
-					elsewhere[fifo] = true
+					elsewhere[output] = true
 				}
 			}
 		}
@@ -133,14 +134,23 @@ func (k *kubelet) allHeldBy(roles []string) (bool, error) {
 	return len(held) == 0 || len(elsewhere) < len(held), nil
 }
 
-// fifos are those of containers' output that a process has open.
-func (k *kubelet) fifos(pid int) []string {
+// outputs are the FIFOs and terminals of containers that a process has open.
+func (k *kubelet) outputs(pid int) []string {
 	var open []string
 	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid)) // none of one that is gone
 	for _, link := range links {
 		path, err := os.Readlink(link)
-		if err == nil && strings.HasPrefix(path, filepath.Join(k.l.State, "keepers")) && filepath.Base(path) == "stdout" {
+		if err != nil {
+			continue
+		}
+		switch filepath.Base(path) {
+		case "stdout":
 			open = append(open, path)
+		case "ptmx": // each container has a file system of its own for terminals
+			var st unix.Stat_t
+			if unix.Stat(link, &st) == nil {
+				open = append(open, fmt.Sprint("terminal of ", st.Dev))
+			}
 		}
 	}
 	return open

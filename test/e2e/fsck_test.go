@@ -2,11 +2,13 @@ package e2e
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/test/lab"
 )
@@ -18,6 +20,7 @@ func TestFsck(t *testing.T) {
 	l := lab.New(t, lab.Options{})
 	image := l.Pull(t, "busybox")
 	podConfig := l.PodConfig("box")
+	podConfig.PortMappings = []*runtimeapi.PortMapping{{ContainerPort: 80, HostPort: 18110}}
 	pod := l.RunPod(t, podConfig)
 	id := l.CreateContainer(t, pod, podConfig, l.ContainerConfig("box", image, "sleep", "1000"))
 	l.StartContainer(t, id)
@@ -52,6 +55,22 @@ func TestFsck(t *testing.T) {
 	}
 	finds("nobody's")
 	clean("repair of what is nobody's", "--repair")
+
+	stray := exec.Command("nft", "add", "element", "inet", "sampan0", "ports4", "{ tcp . 18111 : 10.88.0.99 . 80 }")
+	if out, err := stray.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	finds("belongs to no pod")
+	clean("repair of a forwarded port of no pod", "--repair")
+	clean("after it")
+	port := exec.Command("nft", "flush", "map", "inet", "sampan0", "ports4")
+	if out, err := port.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	finds("host ports are missing")
+	l.Start(t)
+	clean("after a start has put it back")
+	l.Stop(t)
 
 	damageLayer(t, l)
 	clean("without reading files")

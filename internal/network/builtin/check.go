@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"os"
 
+	"github.com/google/nftables"
+
 	"sampan.dev/sampan/internal/fsck"
 	"sampan.dev/sampan/internal/host"
 	"sampan.dev/sampan/internal/network"
@@ -61,7 +63,48 @@ func Check(cfg Config, known func(podID string) bool) ([]fsck.Problem, error) {
 			},
 		})
 	}
-	return append(problems, conflicts(records)...), nil
+	forwards, err := checkForwards(h, cfg.NetNS, link, records)
+	return append(append(problems, conflicts(records)...), forwards...), err
+}
+
+// checkForwards compares the elements of the firewall's maps with the records: what
+// goes to a pod that is not there would be given to the next pod of that address.
+func checkForwards(h *hostSide, netns, link string, records []*record) ([]fsck.Problem, error) {
+	there, err := h.firewall.forwards()
+	if err != nil {
+		return nil, err
+	}
+	var problems []fsck.Problem
+	for _, r := range records {
+		missing := 0
+		//nolint:errcheck // it does not fail
+		h.firewall.elements(r, func(s *nftables.Set, elements []nftables.SetElement) error {
+			for _, e := range elements {
+				key := forward{s.Name, string(e.Key)}
+				if _, ok := there[key]; !ok && !r.Leaving {
+					missing++
+				}
+				delete(there, key)
+			}
+			return nil
+		})
+		if missing > 0 {
+			problems = append(problems, fsck.Problem{Object: "pod " + r.Name, What: fmt.Sprintf("%d elements of nftables for its host ports are missing", missing), Remedy: "the daemon's next start puts them back"})
+		}
+	}
+	for key, s := range there {
+		problems = append(problems, fsck.Problem{
+			Object: fmt.Sprintf("nftables map %s of table inet %s", key.set, link), What: fmt.Sprintf("its element %x belongs to no pod", key.key), Remedy: sweeps,
+			Repair: func() error {
+				h, err := openHostSide(netns, link)
+				if err != nil {
+					return err
+				}
+				return errors.Join(h.firewall.delete(s, []byte(key.key)), h.Close())
+			},
+		})
+	}
+	return problems, nil
 }
 
 // checkRecords reads all records of this boot.

@@ -174,6 +174,38 @@ func (f *firewall) shut(pod *record) error {
 	return errors.Join(append(errs, f.elements(pod, each))...)
 }
 
+// forward is an element of pods' sets and maps: which, and its key.
+type forward struct{ set, key string }
+
+// forwards lists those there are. Without the table there are none.
+func (f *firewall) forwards() (map[forward]*nftables.Set, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	all := make(map[forward]*nftables.Set)
+	for _, v := range versions {
+		for _, s := range []*nftables.Set{f.hairpin(v), f.ports(v), f.bound(v)} {
+			elements, err := f.conn.GetSetElements(s)
+			if err != nil && !errors.Is(err, unix.ENOENT) {
+				return nil, fmt.Errorf("list elements of %s %s: %w", f.table.Name, s.Name, err)
+			}
+			for _, e := range elements {
+				all[forward{s.Name, string(e.Key)}] = s
+			}
+		}
+	}
+	return all, nil
+}
+
+// delete removes one element.
+func (f *firewall) delete(s *nftables.Set, key []byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.conn.SetDeleteElements(s, []nftables.SetElement{{Key: key}}); err != nil {
+		return err
+	}
+	return f.flush("delete element")
+}
+
 func (f *firewall) flush(what string) error {
 	if err := f.conn.Flush(); err != nil {
 		return fmt.Errorf("%s %s: %w", what, f.table.Name, err)
