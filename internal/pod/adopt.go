@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -79,16 +81,38 @@ func (s *Pods) Close() {
 // loadPods returns the ids of those that there is nothing of but a directory.
 func (s *Pods) loadPods() (unbegun []string, err error) {
 	entries, err := os.ReadDir(s.paths.pods())
-	for _, e := range entries {
+	pods := onAllCPUs(entries, func(e os.DirEntry) *Pod {
 		if s.unbegun(e.Name()) {
-			unbegun = append(unbegun, e.Name())
+			return nil
+		}
+		return s.loadPod(e.Name())
+	})
+	for i, p := range pods {
+		if p == nil {
+			unbegun = append(unbegun, entries[i].Name())
 			continue
 		}
-		p := s.loadPod(e.Name())
 		s.pods[p.ID] = p
 		s.cfg.SELinux.Adopt(p.ID, p.Labels)
 	}
 	return unbegun, err
+}
+
+// onAllCPUs returns what do makes of each element. The daemon answers when all records
+// are read, and reading them is nothing but work.
+func onAllCPUs[E, R any](elements []E, do func(E) R) []R {
+	results := make([]R, len(elements))
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(elements)); i = next.Add(1) - 1 {
+				results[i] = do(elements[i])
+			}
+		})
+	}
+	wg.Wait()
+	return results
 }
 
 // unbegun tells whether a pod's making was cut off before its configuration was
@@ -156,8 +180,17 @@ func (s *Pods) loadContainers() error {
 	if err != nil {
 		return err
 	}
-	for _, e := range entries {
+	type loaded struct {
+		c    *Container
+		made bool
+		err  error
+	}
+	all := onAllCPUs(entries, func(e os.DirEntry) loaded {
 		c, made, err := s.loadContainer(e.Name())
+		return loaded{c, made, err}
+	})
+	for i, e := range entries {
+		c, made, err := all[i].c, all[i].made, all[i].err
 		switch {
 		case c == nil:
 			// Nothing can be said of it; Adopt removes what it holds.

@@ -261,6 +261,8 @@ func (s *Pods) unreadableContainer(id string) (containerRecord, error) {
 func (s *Pods) read(path string, kind state.Kind, v any) error {
 	err := state.Read(path, kind, v)
 	if errors.Is(err, state.ErrVersion) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		s.newer = append(s.newer, err)
 	}
 	return err

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -77,16 +78,21 @@ func Write(path string, kind Kind, v any, d Durability) error {
 // Read loads the record at path into v. The error wraps fs.ErrNotExist,
 // ErrDamaged or ErrVersion where that is the cause.
 func Read(path string, kind Kind, v any) error {
-	info, err := os.Stat(path)
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("read record: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
 	if err != nil {
 		return fmt.Errorf("read record: %w", err)
 	}
 	if info.Size() > maxRecord {
 		return fmt.Errorf("read record %s: %w: %d bytes is more than a record can have", path, ErrDamaged, info.Size())
 	}
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return fmt.Errorf("read record: %w", err)
+	data := make([]byte, info.Size())
+	if _, err := io.ReadFull(f, data); err != nil {
+		return fmt.Errorf("read record %s: %w", path, err)
 	}
 	if err := Decode(data, kind, v); err != nil {
 		return fmt.Errorf("read record %s: %w", path, err)
