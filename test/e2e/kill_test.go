@@ -41,13 +41,13 @@ func killKeeper(t *testing.T, l *lab.Lab, role string) {
 	if err := unix.Kill(before[0], unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(lab.Wait); ; time.Sleep(20 * time.Millisecond) {
 		now := l.Keepers(t, role)
 		if len(now) == 1 && now[0] != before[0] {
 			return
 		}
 		if time.Now().After(end) {
-			t.Fatalf("keeper: 10 s after its %s was killed: %v", role, now)
+			t.Fatalf("keeper: a minute after its %s was killed: %v", role, now)
 		}
 	}
 }
@@ -84,7 +84,7 @@ func testKill(t *testing.T, kill func(*testing.T, *lab.Lab)) {
 	}
 	kill(t, l)
 	for _, w := range writers {
-		status := l.AwaitExit(t, w.id, time.Minute)
+		status := l.AwaitExit(t, w.id, 5*lab.Wait)
 		if status.GetExitCode() != w.code {
 			t.Errorf("%s: exit code %d (%s: %s), want %d", w.log, status.GetExitCode(), status.GetReason(), status.GetMessage(), w.code)
 		}
@@ -96,13 +96,13 @@ func testKill(t *testing.T, kill func(*testing.T, *lab.Lab)) {
 
 func awaitFirstLine(t *testing.T, log string) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(lab.Wait); ; time.Sleep(10 * time.Millisecond) {
 		text, err := os.ReadFile(log)
 		if err == nil && bytes.Contains(text, []byte("\n")) {
 			return
 		}
 		if time.Now().After(end) {
-			t.Fatalf("%s: no line after 10 s (%v)", log, err)
+			t.Fatalf("%s: no line after %v (%v)", log, lab.Wait, err)
 		}
 	}
 }

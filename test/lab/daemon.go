@@ -163,7 +163,7 @@ func (l *Lab) launch() error {
 // AwaitAnswer waits until the daemon answers.
 func (l *Lab) AwaitAnswer(t testing.TB) {
 	t.Helper()
-	if err := l.awaitAnswer(20 * time.Second); err != nil {
+	if err := l.awaitAnswer(2 * Wait); err != nil {
 		t.Fatalf("daemon: %v\n%s", err, l.logTail())
 	}
 }
@@ -172,7 +172,7 @@ func (l *Lab) AwaitAnswer(t testing.TB) {
 func (l *Lab) StartFails(t testing.TB) string {
 	t.Helper()
 	must(t, l.launch())
-	err := l.awaitAnswer(20 * time.Second)
+	err := l.awaitAnswer(2 * Wait)
 	select {
 	case <-l.exited:
 		l.daemon = nil
