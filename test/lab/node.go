@@ -23,6 +23,9 @@ const nodeConfig = "SAMPAN_TEST_NODE_CONFIG"
 // Unit is the daemon's unit on a node.
 const Unit = "sampan.service"
 
+// PowerOn is what a test on a node prints when it works and its power may fail.
+const PowerOn = "power: at work"
+
 // OnNode tells whether the tests have the machine to themselves.
 func OnNode() bool { return os.Getenv(Node) != "" }
 

@@ -91,18 +91,23 @@ func runTests(t *testing.T, m *vm.VM, pkg string, env []string, args ...string) 
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), runLimit)
 	defer cancel()
-	program, dir := vm.Tests(pkg)
 	begin := time.Now()
-	code, err := m.Run(ctx, vm.Command{
+	code, err := m.Run(ctx, testCommand(pkg, env, args...), os.Stdout)
+	fmt.Printf("vm: %s %s in %v\n", pkg, strings.Join(args, " "), time.Since(begin).Round(time.Second))
+	if err != nil || code != 0 {
+		t.Errorf("%s in the machine: exit code %d, %v", pkg, code, err)
+	}
+}
+
+// testCommand runs compiled tests of a package.
+func testCommand(pkg string, env []string, args ...string) vm.Command {
+	program, dir := vm.Tests(pkg)
+	return vm.Command{
 		Args: append([]string{program, "-test.v", "-test.timeout=" + runLimit.String()}, args...), Dir: dir,
 		Env: append([]string{
 			"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
 			lab.Binary + "=" + vm.PayloadDir + "/bin/sampan", lab.Images + "=" + vm.ImagesDir(),
 		}, env...),
-	}, os.Stdout)
-	fmt.Printf("vm: %s %s in %v\n", pkg, strings.Join(args, " "), time.Since(begin).Round(time.Second))
-	if err != nil || code != 0 {
-		t.Errorf("%s in the machine: exit code %d, %v", pkg, code, err)
 	}
 }
 
