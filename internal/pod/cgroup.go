@@ -91,13 +91,29 @@ func (s *Pods) removeCgroupsOf(ctx context.Context, id string) error {
 }
 
 func removeCgroupAt(ctx context.Context, cgroup string) error {
-	roots, err := host.CgroupRoots()
+	cg, err := cgroupAt(cgroup)
 	if err != nil {
 		return err
 	}
+	return cg.Remove(ctx)
+}
+
+// killCgroupAt removes a cgroup with the processes that it has.
+func killCgroupAt(cgroup string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), maxKill)
+	defer cancel()
+	cg, err := cgroupAt(cgroup)
+	if err != nil {
+		return err
+	}
+	return errors.Join(cg.Kill(ctx), cg.Remove(ctx))
+}
+
+func cgroupAt(cgroup string) (host.Cgroup, error) {
+	roots, err := host.CgroupRoots()
 	cg := make(host.Cgroup)
 	for controller, root := range roots {
 		cg[controller] = filepath.Join(root, cgroup)
 	}
-	return cg.Remove(ctx)
+	return cg, err
 }

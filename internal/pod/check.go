@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 
 	"sampan.dev/sampan/internal/fsck"
@@ -199,7 +200,7 @@ func (c *checker) checkNobodys() error {
 		path := filepath.Join(c.paths.trash(), name)
 		c.nobodys("directory "+path, func() error { return os.RemoveAll(path) })
 	}
-	return errors.Join(append(errs, c.checkPins(), c.checkCgroups())...)
+	return errors.Join(append(errs, c.checkPins(), c.checkCgroups(), c.checkContainerCgroups())...)
 }
 
 func (c *checker) nobodys(what string, repair func() error) {
@@ -239,6 +240,40 @@ func (c *checker) checkCgroups() error {
 		}
 	}
 	return nil
+}
+
+// checkContainerCgroups looks below the cgroups of pods for those of containers that
+// are gone, which may have processes still.
+func (c *checker) checkContainerCgroups() error {
+	roots, err := host.CgroupRoots()
+	seen := make(map[string]bool)
+	for _, p := range c.pods {
+		if !ownsCgroup(p) {
+			continue
+		}
+		for _, root := range roots {
+			ids, nerr := names(filepath.Join(root, p.Cgroup))
+			err = errors.Join(err, nerr)
+			for _, id := range ids {
+				if seen[id] || !idPattern.MatchString(id) || id == p.ID || c.found.Containers[id] {
+					continue
+				}
+				seen[id] = true
+				cgroup := filepath.Join(p.Cgroup, id)
+				c.nobodys("cgroup "+cgroup, func() error { return killCgroupAt(cgroup) })
+			}
+		}
+	}
+	return err
+}
+
+// idPattern is what ids of pods and containers look like; see newID.
+var idPattern = regexp.MustCompile("^[0-9a-f]{64}$")
+
+// ownsCgroup tells whether nobody but the pod has anything in its cgroup.
+func ownsCgroup(p *Pod) bool {
+	uid := p.Config.GetMetadata().GetUid()
+	return p.Unit != "" || p.Cgroup == ownCgroup(p.ID) || uid != "" && strings.Contains(p.Cgroup, uid)
 }
 
 // ownerOf returns the pod whose id begins so.

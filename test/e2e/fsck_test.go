@@ -1,11 +1,14 @@
 package e2e
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -56,6 +59,15 @@ func TestFsck(t *testing.T) {
 	finds("nobody's")
 	clean("repair of what is nobody's", "--repair")
 
+	lost := strayProcess(t, pod)
+	finds("cgroup /sampan-" + pod[:16])
+	clean("repair of the cgroup of a container that is gone", "--repair")
+	late := time.AfterFunc(lab.Wait, func() { lost.Process.Signal(unix.SIGTERM) })
+	defer late.Stop()
+	if err := lost.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Error("the process of a container that is gone was not killed")
+	}
+
 	stray := exec.Command("nft", "add", "element", "inet", "sampan0", "ports4", "{ tcp . 18111 : 10.88.0.99 . 80 }")
 	if out, err := stray.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -94,6 +106,33 @@ func TestFsck(t *testing.T) {
 		t.Errorf("repair while the daemon runs: exit code %d\n%s", code, out)
 	}
 	l.RemovePod(t, pod)
+}
+
+// strayProcess is one in the cgroup of a container of the pod that nobody knows.
+func strayProcess(t *testing.T, pod string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill() })
+	dirs, err := filepath.Glob("/sys/fs/cgroup/*/sampan-" + pod[:16])
+	if more, gerr := filepath.Glob("/sys/fs/cgroup/sampan-" + pod[:16]); gerr == nil {
+		dirs = append(dirs, more...)
+	}
+	if err != nil || len(dirs) == 0 {
+		t.Fatalf("cgroup of the pod: %v, %v", dirs, err)
+	}
+	for _, dir := range dirs {
+		if strings.Contains(dir, "cpuset") {
+			continue // without processors of its own no process can be there
+		}
+		dir = filepath.Join(dir, strings.Repeat("cd", 32))
+		if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "cgroup.procs"), fmt.Append(nil, cmd.Process.Pid), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return cmd
 }
 
 // damageLayer changes a byte of the largest file of all layers, and nothing that
