@@ -86,7 +86,9 @@ func (c *container) waitExit() keeper.Exit {
 			c.log.Error("wait", "err", err)
 		}
 	}
-	finished := time.Now()
+	c.mu.Lock()
+	finished := notBefore(time.Now(), c.startedAt)
+	c.mu.Unlock()
 	timeout := statusTimeout
 	if c.pidfd == nil {
 		timeout = 0 // what was to be noted of it was noted long ago
@@ -103,6 +105,16 @@ func (c *container) waitExit() keeper.Exit {
 		e.Signal = int(status.Signal())
 	}
 	return e
+}
+
+// notBefore is t unless the clock has been set back since the other time: then it is
+// that, for nothing ends before it starts. It is what clocks show that counts, not
+// what has passed.
+func notBefore(t, other time.Time) time.Time {
+	if t.Round(0).Before(other.Round(0)) {
+		return other
+	}
+	return t
 }
 
 // exitCode is the code of a status in the way of shells.
