@@ -424,31 +424,50 @@ static long set_propagation(long mount, int64_t propagation)
 }
 
 /*
- * host_tree opens a file or directory of the host with what is mounted on it, which
- * only who is in a mount's own namespace may. What it is a copy of propagates to it
- * as to the root.
+ * tree_at makes a copy of the mount of a file or directory, and with recursive of what
+ * is mounted below. Nothing can be below a file: the kernel need not look for it
+ * among all that is mounted on the same file system.
  */
-static long host_tree(const char *path, unsigned flags)
+static long tree_at(const char *path, int recursive)
+{
+	long fd = sys(__NR_openat, AT_FDCWD, path, O_PATH | O_CLOEXEC, 0), tree;
+	unsigned flags = AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC;
+	struct stat st;
+
+	TRY(fd, "open");
+	TRY(status_of((int)fd, &st), "fstat");
+	if (recursive && S_ISDIR(st.st_mode))
+		flags |= AT_RECURSIVE;
+	tree = sys(__NR_open_tree, fd, "", flags);
+	close_fd((int)fd);
+	TRY(tree, "open_tree");
+	return tree;
+}
+
+/*
+ * host_tree is tree_at among the mounts of the host, for which one has to be in their
+ * namespace. What it is a copy of propagates to it as to the root.
+ */
+static long host_tree(const char *path, int recursive)
 {
 	long tree, back;
 
 	TRY(sys(__NR_setns, host_mounts, CLONE_NEWNS), "setns");
-	tree = sys(__NR_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | flags);
+	tree = tree_at(path, recursive);
 	back = sys(__NR_setns, own_mounts, CLONE_NEWNS);
+	PASS(tree);
 	TRY(back, "setns");
-	TRY(tree, "open_tree");
 	PASS(set_propagation(tree, propagation));
 	return tree;
 }
 
 static long do_bind(const struct step *s)
 {
-	unsigned recursive = s->arg[0] ? AT_RECURSIVE : 0;
 	long tree, onto;
 	struct stat st;
 	int made;
 
-	tree = host_tree(string(s, 0), recursive);
+	tree = host_tree(string(s, 0), s->arg[0] != 0);
 	PASS(tree);
 	TRY(status_of((int)tree, &st), "fstat");
 	onto = target(string(s, 1), s->arg[6], !S_ISDIR(st.st_mode), &made);

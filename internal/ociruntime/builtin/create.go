@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -118,11 +117,18 @@ func (m *creation) prepareCgroup() (err error) {
 	if m.cgroup, err = manager.NewWithPaths(m.config.Cgroups, dirs); err != nil {
 		return err
 	}
+	if !cgroups.IsCgroup2UnifiedMode() {
+		err := dirs.Make()
+		if err != nil { // libcontainer knows more layouts
+			err = m.cgroup.Apply(-1)
+		}
+		if err != nil {
+			return fmt.Errorf("cgroup: %w", err)
+		}
+		return nil
+	}
 	if err := m.cgroup.Apply(-1); err != nil {
 		return fmt.Errorf("cgroup: %w", err)
-	}
-	if !cgroups.IsCgroup2UnifiedMode() {
-		return nil
 	}
 	m.options.Cgroup, err = m.open(m.cgroup.Path(""), unix.O_PATH|unix.O_DIRECTORY)
 	m.born = err == nil
@@ -299,14 +305,16 @@ func (m *creation) enter(pid int) error {
 
 // joinCgroup moves a process into the directories of a cgroup of v1.
 func joinCgroup(paths map[string]string, pid int) error {
+	joined := make(map[string]bool, len(paths)) // some controllers share one
 	for controller, dir := range paths {
-		err := cgroups.WriteCgroupProc(dir, pid)
-		if err != nil && (controller == "" || strings.HasPrefix(controller, "name=") || controller == "misc") {
-			continue // hierarchies that limit nothing
+		if joined[dir] {
+			continue
 		}
-		if err != nil {
+		err := cgroups.WriteCgroupProc(dir, pid)
+		if err != nil && !host.LimitsNothing(controller) {
 			return fmt.Errorf("cgroup: %w", err)
 		}
+		joined[dir] = err == nil
 	}
 	return nil
 }

@@ -72,7 +72,7 @@ func TestStepErrors(t *testing.T) {
 		"no such source": {func(p *Plan) {
 			root(p, t.TempDir())
 			p.Bind(absent, "a", true, Attributes{}, 0)
-		}, "mount " + absent + " at /a: open_tree: no such file or directory"},
+		}, "mount " + absent + " at /a: open: no such file or directory"},
 		"no such profile": {func(p *Plan) {
 			p.Procfs()
 			p.AppArmor("no-such-profile")
