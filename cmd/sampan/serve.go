@@ -203,7 +203,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 		pods.Adopt(ctx)
 		images.Mend(ctx)
 		pods.HoldImages()
-		returnMemory(ctx)
+		host.ReturnMemory(ctx)
 	}()
 	select {
 	case <-ctx.Done():

@@ -8,6 +8,7 @@
 package supervisor
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -89,12 +90,10 @@ func Run(cfg Config) error {
 		return err
 	}
 	start := time.NewTimer(0)
-	shed := time.NewTimer(shedFirst)
+	started := time.AfterFunc(startTime, func() { host.ReturnMemory(context.Background()) }) // as long as the process
+	defer started.Stop()
 	for {
 		select {
-		case <-shed.C:
-			host.ShedCode()
-			shed.Reset(shedPause)
 		case <-start.C:
 			if err := s.startWorker(); err != nil {
 				s.log.Error("start worker", "err", err)
@@ -112,12 +111,9 @@ func Run(cfg Config) error {
 	}
 }
 
-// When a supervisor lets go of code that it needs seldom: soon after its start, of
-// which most is, and now and then.
-const (
-	shedFirst = 2 * time.Second
-	shedPause = time.Minute
-)
+// startTime is how long a supervisor may need the code that only its start needs,
+// which is most of it.
+const startTime = 2 * time.Second
 
 // awaitBegin waits until whoever started this process has put it where it
 // belongs, and says so on its standard input.

@@ -54,10 +54,8 @@ const (
 	// adoptTimeout bounds how long calls wait for the adoption of containers
 	// whose log, say, is on a volume that hangs.
 	adoptTimeout = 3 * time.Second
-	// A worker lets go of code that it needs seldom soon after its start, of which
-	// most is, and now and then.
-	shedFirst = 2 * time.Second
-	shedPause = time.Minute
+	// startTime is how long a worker may need the code that only its start needs.
+	startTime = 2 * time.Second
 )
 
 // Run works until the keeper is idle. When the supervisor dies it does not
@@ -220,12 +218,10 @@ func (w *worker) serve() error {
 	}
 	idle := time.NewTicker(w.cfg.IdleTimeout / 4)
 	defer idle.Stop()
-	shed := time.NewTimer(shedFirst)
+	started := time.AfterFunc(startTime, func() { host.ReturnMemory(context.Background()) }) // as long as the process
+	defer started.Stop()
 	for {
 		select {
-		case <-shed.C:
-			host.ShedCode()
-			shed.Reset(shedPause)
 		case err := <-failed:
 			return err
 		case <-idle.C:

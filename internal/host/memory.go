@@ -1,22 +1,20 @@
-package main
+package host
 
 import (
 	"context"
 	"runtime"
 	"runtime/debug"
 	"time"
-
-	"sampan.dev/sampan/internal/host"
 )
 
 // quietTime without a garbage collection, after there was one, is the end of a
 // burst.
 const quietTime = 2 * time.Second
 
-// returnMemory gives memory back to the system after every burst of work, until
+// ReturnMemory gives memory back to the system after every burst of work, until
 // ctx ends: what the heap has free, and the pages of the program that only its
 // start, or only that burst, has touched. It sleeps while nothing is collected.
-func returnMemory(ctx context.Context) {
+func ReturnMemory(ctx context.Context) {
 	collected := make(chan struct{}, 1)
 	watchCollections(collected)
 	trim()
@@ -59,5 +57,5 @@ func watchCollections(collected chan<- struct{}) {
 
 func trim() {
 	debug.FreeOSMemory()
-	host.ShedCode()
+	ShedCode()
 }
