@@ -138,7 +138,7 @@ var (
 	critest   = job{"./test/conformance", "^TestBuiltin$", []string{onNode, "SAMPAN_CONFORMANCE=all"}}
 	otherOCI  = job{"./test/conformance", "^(TestRunc|TestCrun)$", []string{onNode}}
 	inLab     = job{"./test/e2e", "^(TestKill|TestRestart|TestStats|TestReset|TestCNI|TestIsolation|TestCrictl|TestHandlerFeatures|TestUserNamespace|TestFsck)$", nil}
-	crashes   = job{"./test/crash", ".", []string{lab.Binary + "=" + vm.PayloadDir + "/bin/faultpoints/sampan"}}
+	crashes   = job{"./test/crash", "^(TestPoints|TestOOM|TestRandom|TestReboot)$", []string{lab.Binary + "=" + vm.PayloadDir + "/bin/faultpoints/sampan"}}
 	units     = []job{{"./internal/host", ".", nil}, {"./internal/layer", ".", nil}, {"./internal/stats", ".", nil}}
 )
 
