@@ -387,8 +387,13 @@ func (s *Pods) endMissing(ctx context.Context, name string, k Keeper, has map[st
 // refresh brings a container up to date with what its keeper says.
 func (s *Pods) refresh(c *Container, ks keeper.ContainerState) {
 	c.mu.Lock()
-	if c.state == Created && ks.State != keeper.Created && !ks.StartedAt.IsZero() {
-		c.state, c.startedAt = Running, ks.StartedAt
+	// A daemon that had it started may have died before it could note that; it may
+	// have ended since.
+	if c.state != Creating && c.startedAt.IsZero() && !ks.StartedAt.IsZero() {
+		c.startedAt = ks.StartedAt
+		if c.state == Created {
+			c.state = Running
+		}
 	}
 	c.lost = ks.State == keeper.Unreadable
 	c.mu.Unlock()

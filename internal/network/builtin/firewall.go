@@ -179,13 +179,24 @@ type forward struct{ set, key string }
 
 // forwards lists those there are. Without the table there are none.
 func (f *firewall) forwards() (map[forward]*nftables.Set, error) {
+	all, err := f.listForwards()
+	if err == nil {
+		return all, nil
+	}
+	if there, perr := f.present(); perr == nil && !there {
+		return nil, nil
+	}
+	return nil, err
+}
+
+func (f *firewall) listForwards() (map[forward]*nftables.Set, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	all := make(map[forward]*nftables.Set)
 	for _, v := range versions {
 		for _, s := range []*nftables.Set{f.hairpin(v), f.ports(v), f.bound(v)} {
 			elements, err := f.conn.GetSetElements(s)
-			if err != nil && !errors.Is(err, unix.ENOENT) {
+			if err != nil {
 				return nil, fmt.Errorf("list elements of %s %s: %w", f.table.Name, s.Name, err)
 			}
 			for _, e := range elements {

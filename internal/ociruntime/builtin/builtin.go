@@ -175,7 +175,7 @@ func (d *driver) Update(_ context.Context, c ociruntime.Container, r *specs.Linu
 	updated := *config.Cgroups
 	updated.Resources = merged
 	config.Cgroups = &updated
-	return classify(container.Set(config))
+	return classify(setLimits(func() error { return container.Set(config) }))
 }
 
 // merge returns the limits old with those that r sets in their place. It

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -282,11 +283,32 @@ func attend(process *launch.Process, ours func() error) (ociruntime.Started, err
 	}
 }
 
+// learning guards what the library of cgroups notes about the host, in variables
+// without a lock, the first time that limits are set.
+var learning struct {
+	sync.Mutex
+	done atomic.Bool
+}
+
+// setLimits calls set, one at a time until one has succeeded.
+func setLimits(set func() error) error {
+	if learning.done.Load() {
+		return set()
+	}
+	learning.Lock()
+	defer learning.Unlock()
+	err := set()
+	if err == nil {
+		learning.done.Store(true)
+	}
+	return err
+}
+
 // enter puts the process into its cgroup and sets the limits: before, where that
 // can be, since the rules for devices are changed one by one, and it makes devices
 // meanwhile.
 func (m *creation) enter(pid int) error {
-	if err := m.cgroup.Set(m.config.Cgroups.Resources); err != nil {
+	if err := setLimits(func() error { return m.cgroup.Set(m.config.Cgroups.Resources) }); err != nil {
 		return fmt.Errorf("linux.resources: %w", err)
 	}
 	if !m.born {
