@@ -13,7 +13,8 @@
 # make conformance-repeat N=10   the same N times in a row; fails if any run does
 # make test-vm      what needs a host of its own, in virtual machines: systemd, cgroups of all kinds, packages
 # make deb          a Debian package in bin
-# make dist         a tarball in bin, for any Linux
+# make dist         tarballs in bin, for any Linux, on x86-64 and arm64
+# make test-arm64   build for arm64, and run the tests of what needs no C and no kernel of its own under emulation
 # make check        formatting, vet, staticcheck
 # make generate     write the generated Go code anew (needs protoc)
 
@@ -25,6 +26,11 @@ VERSION := $(shell cat VERSION)$(shell git describe --always --exclude='*' --dir
 GO_BUILD := go build -trimpath -buildvcs=false
 # What the keeper is built with; the checks look at the same code.
 KEEPER_TAGS := netgo,osusergo,seccomp,static_build
+KEEPER_LDFLAGS := -s -w -linkmode external -extldflags "-static"
+# The launcher has no C library.
+LAUNCH_CFLAGS := -Os -Wall -Wextra -Werror -ffreestanding -fno-builtin -fno-stack-protector -fno-asynchronous-unwind-tables \
+	-fno-tree-loop-distribute-patterns -nostdlib -static -s -Wl,--build-id=none -Wl,-z,noseparate-code
+INIT_CFLAGS := -Os -Wall -Wextra -Werror -static -s
 # NRI plugins are programs; without those in WebAssembly the daemon is smaller.
 DAEMON_TAGS := nri_no_wasm
 SUITES := ./test/quickstart ./test/e2e ./test/conformance ./test/abuse ./test/fault ./test/soak ./test/vm
@@ -42,16 +48,15 @@ bin/sampan: embed
 	CGO_ENABLED=0 $(GO_BUILD) -tags $(DAEMON_TAGS) -ldflags '-s -w -X main.release=$(VERSION)' -o $@ ./cmd/sampan
 bin/sampan-keeper: bin/launch
 	@scripts/embed bin/launch launch internal/ociruntime/launch/files
-	CGO_ENABLED=1 $(GO_BUILD) -tags $(KEEPER_TAGS) -ldflags '-s -w -linkmode external -extldflags "-static"' -o $@ ./cmd/sampan-keeper
+	CGO_ENABLED=1 $(GO_BUILD) -tags $(KEEPER_TAGS) -ldflags '$(KEEPER_LDFLAGS)' -o $@ ./cmd/sampan-keeper
 bin/sampan-hello:
 	CGO_ENABLED=0 $(GO_BUILD) -ldflags '-s -w' -o $@ ./cmd/sampan-hello
 bin/launch: $(wildcard cmd/sampan-launch/*.[ch])
 	@mkdir -p bin
-	$(CC) -Os -Wall -Wextra -Werror -ffreestanding -fno-builtin -fno-stack-protector -fno-asynchronous-unwind-tables \
-		-fno-tree-loop-distribute-patterns -nostdlib -static -s -Wl,--build-id=none -Wl,-z,noseparate-code -o $@ cmd/sampan-launch/launch.c
+	$(CC) $(LAUNCH_CFLAGS) -o $@ cmd/sampan-launch/launch.c
 bin/init: $(wildcard cmd/sampan-init/*.c)
 	@mkdir -p bin
-	$(CC) -Os -Wall -Wextra -Werror -static -s -o $@ cmd/sampan-init/*.c
+	$(CC) $(INIT_CFLAGS) -o $@ cmd/sampan-init/*.c
 
 .PHONY: embed
 embed: bin/sampan-keeper bin/sampan-hello bin/init
@@ -66,11 +71,39 @@ FAULT_CGO = $(if $(RACE),1,0)
 faultpoints: bin/sampan-hello bin/init bin/launch
 	@mkdir -p $(FAULT)
 	@scripts/embed bin/launch launch internal/ociruntime/launch/files
-	CGO_ENABLED=1 $(GO_BUILD) $(if $(RACE),-race) -tags $(KEEPER_TAGS),faultpoints -ldflags '-s -w -linkmode external -extldflags "-static"' -o $(FAULT)/sampan-keeper ./cmd/sampan-keeper
+	CGO_ENABLED=1 $(GO_BUILD) $(if $(RACE),-race) -tags $(KEEPER_TAGS),faultpoints -ldflags '$(KEEPER_LDFLAGS)' -o $(FAULT)/sampan-keeper ./cmd/sampan-keeper
 	@scripts/embed $(FAULT)/sampan-keeper keeper internal/embedded/files-faultpoints
 	@scripts/embed bin/sampan-hello hello internal/embedded/files-faultpoints
 	@scripts/embed bin/init init internal/embedded/files-faultpoints
 	CGO_ENABLED=$(FAULT_CGO) $(GO_BUILD) $(if $(RACE),-race) -tags faultpoints -ldflags '-X main.release=$(VERSION)' -o $(FAULT)/sampan ./cmd/sampan
+
+# The same for arm64, in bin/arm64, with Debian's compiler for it. What a program
+# carries, it takes from there by an overlay of the source tree.
+ARM64 := bin/arm64
+ARM64_CC := aarch64-linux-gnu-gcc
+ARM64_GO = GOARCH=arm64 $(GO_BUILD) -overlay $(ARM64)/overlay.json
+ARM64_CGO = CGO_ENABLED=1 CC=$(ARM64_CC) PKG_CONFIG_LIBDIR=$(CURDIR)/.cache/arm64/usr/lib/aarch64-linux-gnu/pkgconfig PKG_CONFIG_SYSROOT_DIR=$(CURDIR)/.cache/arm64
+.PHONY: arm64 test-arm64
+arm64:
+	@scripts/install-deps arm64
+	@scripts/fetch-arm64
+	@mkdir -p $(ARM64)
+	$(ARM64_CC) $(LAUNCH_CFLAGS) -o $(ARM64)/launch cmd/sampan-launch/launch.c
+	$(ARM64_CC) $(INIT_CFLAGS) -o $(ARM64)/init cmd/sampan-init/*.c
+	CGO_ENABLED=0 GOARCH=arm64 $(GO_BUILD) -ldflags '-s -w' -o $(ARM64)/hello ./cmd/sampan-hello
+	@scripts/overlay $(ARM64) launch
+	$(ARM64_CGO) $(ARM64_GO) -tags $(KEEPER_TAGS) -ldflags '$(KEEPER_LDFLAGS)' -o $(ARM64)/keeper ./cmd/sampan-keeper
+	@scripts/overlay $(ARM64) launch keeper hello init
+	CGO_ENABLED=0 $(ARM64_GO) -tags $(DAEMON_TAGS) -ldflags '-s -w -X main.release=$(VERSION)' -o $(ARM64)/sampan ./cmd/sampan
+
+# What needs neither a kernel of its own nor to start itself again, which an
+# emulated program cannot without the host's help.
+ARM64_TESTS := ./internal/state ./internal/config ./internal/checkpoint ./internal/cri ./internal/flight ./internal/inflate ./internal/registry \
+	./internal/keeper/logs ./internal/ociruntime/launch
+test-arm64: arm64
+	qemu-aarch64 $(ARM64)/sampan version
+	CGO_ENABLED=0 GOARCH=arm64 go test -vet=off -exec qemu-aarch64 -skip '^TestKilled$$' $(ARM64_TESTS)
+	$(ARM64_CGO) GOARCH=arm64 go test -vet=off -exec 'qemu-aarch64 -L /usr/aarch64-linux-gnu' ./internal/spec
 
 .PHONY: quickstart quickstart-down
 quickstart:
@@ -153,8 +186,9 @@ test-vm:
 .PHONY: deb dist
 deb: build
 	scripts/package-deb '$(VERSION)'
-dist: build
-	scripts/package-tar '$(VERSION)'
+dist: build arm64
+	scripts/package-tar '$(VERSION)' amd64 bin/sampan
+	scripts/package-tar '$(VERSION)' arm64 $(ARM64)/sampan
 
 .PHONY: check
 check: .cache/bin/staticcheck

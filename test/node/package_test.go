@@ -20,6 +20,9 @@ func TestPackage(t *testing.T) {
 	if err != nil || len(files) != 1 {
 		t.Fatalf("want one package, have %q (%v): make deb", files, err)
 	}
+	if files[0], err = filepath.Abs(files[0]); err != nil {
+		t.Fatal(err)
+	}
 	// The unit that other tests have left goes before that of the package.
 	unit := "/run/systemd/system/" + lab.Unit
 	if err := os.RemoveAll(unit + ".d"); err != nil {
@@ -69,7 +72,7 @@ func traces(t *testing.T) string {
 systemctl list-units --all --plain --no-legend 'sampan[-.]*' | grep -v 'sampan.slice'
 ip -brief link | grep sampan
 nft list tables | grep sampan
-pgrep -fl /keeper-
+pgrep -fl '/[k]eeper-' # not this shell
 grep sampan /proc/mounts | grep -v -e sampan-test -e /payload
 true`)
 }
