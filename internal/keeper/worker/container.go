@@ -234,19 +234,21 @@ func (c *container) watchMessage() link.Message {
 	return link.Message{Op: link.Watch, ID: c.id, Process: c.process, Path: c.path(statusName)}
 }
 
-// forSupervisor returns what a supervisor has to take over of the container.
-func (c *container) forSupervisor() (map[string]*os.File, link.Message) {
+// forSupervisor returns what this process has to take over of the container when
+// it becomes the supervisor. Nothing of the container is opened or closed from then on:
+// its lock goes with this program.
+func (c *container) forSupervisor() ([]link.HeldFD, link.Message) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	held := heldFDs(c.id, c.files)
 	select {
 	case <-c.ready:
 	default:
-		return c.files, link.Message{}
+		return held, link.Message{}
 	}
 	if c.exit != nil || c.process.Pid == 0 {
-		return c.files, link.Message{}
+		return held, link.Message{}
 	}
-	return c.files, c.watchMessage()
+	return held, c.watchMessage()
 }
 
 // adopt takes the container over from another worker. Its files are those that the

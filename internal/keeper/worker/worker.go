@@ -316,11 +316,11 @@ func (w *worker) orPromote(err error) error {
 	}
 	w.mu.Lock()
 	for id, files := range w.held {
-		h.Held = appendHeld(h.Held, id, files)
+		h.Held = append(h.Held, heldFDs(id, files)...)
 	}
-	for id, c := range w.containers {
-		files, watch := c.forSupervisor()
-		h.Held = appendHeld(h.Held, id, files)
+	for _, c := range w.containers {
+		held, watch := c.forSupervisor()
+		h.Held = append(h.Held, held...)
 		if watch.Op != "" {
 			h.Watched = append(h.Watched, watch)
 		}
@@ -335,7 +335,8 @@ func (w *worker) orPromote(err error) error {
 	}, os.Environ())
 }
 
-func appendHeld(held []link.HeldFD, id string, files map[string]*os.File) []link.HeldFD {
+// heldFDs are the descriptors of a container's open files.
+func heldFDs(id string, files map[string]*os.File) (held []link.HeldFD) {
 	for name, f := range files {
 		conn, err := f.SyscallConn()
 		if err != nil {
