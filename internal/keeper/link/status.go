@@ -24,7 +24,10 @@ func WriteStatus(path string, p host.Process, status unix.WaitStatus) error {
 		return fmt.Errorf("write status: %w", err)
 	}
 	fault.Point("supervisor.status-temporary")
-	return os.Rename(tmp, path)
+	if err := os.Rename(tmp, path); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // ReadStatus returns how p exited, if that was written to path.

@@ -405,7 +405,8 @@ func (s *suite) execRefuses(t *testing.T) {
 
 func (s *suite) execTerminal(t *testing.T) {
 	c := s.lab.Run(t, s.factory(t), []string{"sleep", "60"})
-	p := c.Process("sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do stty size 2>/dev/null && break; sleep 0.1; done; read line; echo got $line; exit 4")
+	// crun sets the size when the process runs already; of none stty says nothing, and exits with 0.
+	p := c.Process("sh", "-c", `i=0; until size=$(stty size 2>/dev/null) && [ -n "$size" ] || [ $i = 100 ]; do i=$((i+1)); sleep 0.1; done; echo $size; read line; echo got $line; exit 4`)
 	p.Terminal = true
 	p.ConsoleSize = &specs.Box{Height: 33, Width: 99}
 	started, err := c.rt.Exec(t.Context(), c.Container, ociruntime.ExecRequest{Process: p})
