@@ -403,14 +403,17 @@ func (s *Pods) refresh(c *Container, ks keeper.ContainerState) {
 	s.announceContainer(c)
 }
 
-// missing ends a container that its keeper does not know: either the exit record
-// says how it ended, or nobody can.
-func (s *Pods) missing(c *Container) {
+// missing ends a container that its keeper does not know.
+func (s *Pods) missing(c *Container) { s.ended(c, s.recordedExit(c)) }
+
+// recordedExit is how a container ended that its keeper does not know any more:
+// either the exit record says it, or nobody can.
+func (s *Pods) recordedExit(c *Container) keeper.Exit {
 	exit, err := keeper.ReadExit(s.paths.exit(c.ID))
 	if err != nil {
-		exit = keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: "its keeper lost it: " + err.Error()}
+		return keeper.Exit{Code: keeper.UnknownExitCode, FinishedAt: time.Now(), Message: "its keeper lost it: " + err.Error()}
 	}
-	s.ended(c, exit)
+	return exit
 }
 
 // sweep removes what belongs to nobody.

@@ -677,6 +677,11 @@ func (s *Pods) undoContainer(ctx context.Context, p *Pod, c *Container) error {
 		return err
 	}
 	fault.Point("container.deleted-from-keeper")
+	// Somebody may wait for its end, and when the keeper's word of that comes the
+	// container may be forgotten here.
+	if c.Status().State != Exited {
+		c.end(s.recordedExit(c))
+	}
 	s.tellContainerRemoved(ctx, p, c)
 	if err := s.undoFiles(c.ID); err != nil {
 		return err

@@ -234,6 +234,7 @@ type fakeKeeper struct {
 	failCreate error
 	deaf       bool // SIGTERM does nothing
 	creates    int
+	signals    int
 	limits     []int64 // of memory, as updated
 }
 
@@ -263,6 +264,9 @@ func (f *fakeKeeper) Start(_ context.Context, id string) (time.Time, error) {
 }
 
 func (f *fakeKeeper) Signal(_ context.Context, id string, sig unix.Signal, _ bool) error {
+	f.mu.Lock()
+	f.signals++
+	f.mu.Unlock()
 	if f.deaf && sig != unix.SIGKILL {
 		return nil
 	}

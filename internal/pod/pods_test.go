@@ -276,6 +276,37 @@ func TestStopEscalates(t *testing.T) {
 	}
 }
 
+// A container that is removed while it is being stopped has stopped, though its
+// keeper's word of that may come when nobody knows it any more.
+func TestRemoveEndsStop(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
+	c := must[string](t)(s.CreateContainer(t.Context(), p, containerNamed("c")))
+	if err := s.StartContainer(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	l.keeper.deaf = true
+	stopped := make(chan error, 1)
+	go func() { stopped <- s.StopContainer(t.Context(), c, time.Hour) }()
+	for signalled := false; !signalled; time.Sleep(time.Millisecond) {
+		l.keeper.mu.Lock()
+		signalled = l.keeper.signals > 0
+		l.keeper.mu.Unlock()
+	}
+	if err := s.RemoveContainer(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-stopped:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the stop waits for what was removed")
+	}
+}
+
 // What a daemon left is what the next one finds.
 func TestRestart(t *testing.T) {
 	l := newLab(t)
