@@ -211,6 +211,9 @@ func (m *creation) run(ctx context.Context, p *launch.Plan) (ociruntime.Started,
 	return ociruntime.Started{}, err
 }
 
+// errKilled says that somebody else has killed a process.
+var errKilled = errors.New("it was killed")
+
 // giveUp ends a process, and returns why.
 func giveUp(process *launch.Process, started ociruntime.Started, cause error, ours *tasks) error {
 	if started.Console != nil {
@@ -225,7 +228,11 @@ func giveUp(process *launch.Process, started ociruntime.Started, cause error, ou
 	case errors.Is(cause, io.EOF) && failed != nil:
 		return failed
 	case errors.Is(cause, io.EOF):
-		return fmt.Errorf("its process ended before it could be the user's (wait status %#x)", status)
+		err := fmt.Errorf("its process ended before it could be the user's (wait status %#x)", status)
+		if status.Signaled() && status.Signal() == unix.SIGKILL {
+			err = fmt.Errorf("%w: %w", err, errKilled)
+		}
+		return err
 	}
 	return cause // what is ours may have failed for want of a process
 }

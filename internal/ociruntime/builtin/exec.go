@@ -112,5 +112,12 @@ func (d *driver) execute(ctx context.Context, process *launch.Process, e entry) 
 	if err == nil {
 		return started, nil
 	}
-	return ociruntime.Started{}, classify(giveUp(process, started, err, &ours))
+	err = classify(giveUp(process, started, err, &ours))
+	switch {
+	case errors.Is(err, errKilled) && ctx.Err() != nil:
+		err = context.Cause(ctx)
+	case errors.Is(err, errKilled):
+		err = fmt.Errorf("%w: the container is ending, or its memory is used up: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	return ociruntime.Started{}, err
 }
