@@ -141,9 +141,10 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger) (err error)
 	runtimes := handler.Open(programs(cfg), log)
 	defer runtimes.Close()
 	profiles := apparmor.New(apparmor.HostConfig(facts.AppArmor, log))
+	labels := openSELinux(ctx, cfg, images.Layers().Root(), log)
 	units := openUnits(cfg)
 	defer units.Close()
-	pods, podNetwork, err := openPods(cfg, images, runtimes, profiles, plugins, units, tracing != nil, facts, log)
+	pods, podNetwork, err := openPods(cfg, images, runtimes, profiles, labels, plugins, units, tracing != nil, facts, log)
 	if err != nil {
 		return err
 	}
@@ -280,7 +281,7 @@ func openPlugins(cfg config.Config, log *slog.Logger) (*nri.Plugins, error) {
 	})
 }
 
-func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, profiles *apparmor.AppArmor, plugins *nri.Plugins, units *systemd.Units, tracing bool, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
+func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers, profiles *apparmor.AppArmor, labels *selinux.SELinux, plugins *nri.Plugins, units *systemd.Units, tracing bool, facts host.Facts, log *slog.Logger) (*pod.Pods, network.Network, error) {
 	podNetwork, err := openNetwork(cfg, log)
 	if err != nil {
 		return nil, nil, err
@@ -320,7 +321,7 @@ func openPods(cfg config.Config, images *image.Store, runtimes *handler.Handlers
 		Keeper: keeperDialer(cfg, keeperPath, units, log), KeeperFor: keeperNames(cfg, keeperProgram.Digest),
 		Handlers: handlers(cfg), DefaultHandler: cfg.DefaultHandler, Init: initPath, VolumePaths: host.VolumePaths{Program: initPath},
 		Features: handlerFeatures(runtimes),
-		AppArmor: profiles.Profile, SELinux: openSELinux(cfg, log),
+		AppArmor: profiles.Profile, SELinux: labels,
 		SweepKeepers: keeperSweeper(cfg),
 		KeeperHolds:  func(name, id string) bool { return keeper.Holds(keeperDir(cfg, name), id) },
 		Facts:        facts, Units: podUnits, CDIDirs: []string{"/etc/cdi", "/var/run/cdi"},
@@ -441,14 +442,19 @@ func programs(cfg config.Config) map[string]string {
 	return paths
 }
 
-// openSELinux returns the host's SELinux, or what stands for none.
-func openSELinux(cfg config.Config, log *slog.Logger) *selinux.SELinux {
+// openSELinux returns the host's SELinux, or what stands for none. With it the files of
+// images below the directory layers are what containers can read.
+func openSELinux(ctx context.Context, cfg config.Config, layers string, log *slog.Logger) *selinux.SELinux {
 	if cfg.Security.SELinux == config.SELinuxOff {
 		return selinux.New(selinux.Config{})
 	}
-	labels := selinux.New(selinux.HostConfig(cfg.Root, cfg.State))
-	if host.HasSELinux() && !labels.Enabled() {
-		log.Warn("containers get no SELinux labels: the policy has none for them; install container-selinux, or set security.selinux to off")
+	policy, err := selinux.HostConfig(cfg.Root, cfg.State)
+	if err != nil {
+		log.Warn("containers get no SELinux labels; set security.selinux to off if that is meant", "err", err)
+	}
+	labels := selinux.New(policy)
+	if err := labels.LabelImages(ctx, layers); err != nil {
+		log.Warn("containers may not be let read their images by SELinux; restart the daemon to try again", "err", err)
 	}
 	return labels
 }

@@ -45,6 +45,20 @@ func (s *SELinux) Relabel(ctx context.Context, path, label string) error {
 	return nil
 }
 
+// LabelImages gives the directory with the files of images the label with which every
+// container can read them: overlayfs passes on what they map into memory, and there the
+// label of the mount does not count. What is made below later gets it from the kernel,
+// so a directory that has it is done.
+func (s *SELinux) LabelImages(ctx context.Context, dir string) error {
+	if s.cfg.Image == "" || hasLabel(dir, s.cfg.Image) {
+		return nil
+	}
+	if err := relabel(ctx, dir, s.cfg.Image); err != nil { // dir itself comes last
+		return fmt.Errorf("label the images in %s: %w", dir, err)
+	}
+	return nil
+}
+
 func relabel(ctx context.Context, path, label string) error {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	switch {
@@ -108,8 +122,7 @@ func relabelEntry(ctx context.Context, dir *os.File, here string, e fs.DirEntry,
 
 // setLabel labels one file, if it is there and has another label.
 func setLabel(path, label string) error {
-	var now [512]byte
-	if n, err := unix.Lgetxattr(path, attribute, now[:]); err == nil && trim(now[:n]) == label {
+	if hasLabel(path, label) {
 		return nil
 	}
 	err := unix.Lsetxattr(path, attribute, []byte(label), 0)
@@ -118,6 +131,12 @@ func setLabel(path, label string) error {
 		return nil
 	}
 	return &fs.PathError{Op: "label", Path: path, Err: err}
+}
+
+func hasLabel(path, label string) bool {
+	var now [512]byte
+	n, err := unix.Lgetxattr(path, attribute, now[:])
+	return err == nil && trim(now[:n]) == label
 }
 
 // trim takes off the NUL byte that some tools write.

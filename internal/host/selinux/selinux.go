@@ -7,6 +7,7 @@
 package selinux
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -31,6 +32,9 @@ type Config struct {
 	// Process and File are the labels that the policy has for containers and their
 	// files; their levels do not matter. Without Process, nothing is labelled.
 	Process, File string
+	// Image is the label of files that containers share and cannot change. Empty, they
+	// get none.
+	Image string
 	// Check returns an error for a label that is not in the policy.
 	Check func(label string) error
 	// Protected are paths that are never relabelled, beside those that no host
@@ -38,15 +42,32 @@ type Config struct {
 	Protected []string
 }
 
-// HostConfig is the Config of this host.
-func HostConfig(protected ...string) Config {
+// HostConfig is the Config of this host. The error says why nothing is labelled
+// although SELinux is enabled: Debian's list of labels for containers, for one, names
+// types that its policy has not.
+func HostConfig(protected ...string) (Config, error) {
 	if !selinux.GetEnabled() {
-		return Config{}
+		return Config{}, nil
 	}
 	//lint:ignore SA1019 nothing else tells what the policy has for containers
 	process, file := selinux.ContainerLabels()
 	selinux.ReleaseLabel(process) // the levels are ours to give
-	return Config{Process: process, File: file, Check: selinux.SecurityCheckContext, Protected: protected}
+	//lint:ignore SA1019 likewise
+	image := selinux.ROFileLabel()
+	return confirmed(Config{Process: process, File: file, Image: image, Check: selinux.SecurityCheckContext, Protected: protected})
+}
+
+// confirmed is a Config whose labels are in the policy, or none.
+func confirmed(c Config) (Config, error) {
+	if c.Process == "" || c.File == "" {
+		return Config{}, errors.New("the policy names no labels for containers: install one that does (container-selinux)")
+	}
+	for _, label := range []string{c.Process, c.File, c.Image} {
+		if err := c.Check(label); err != nil {
+			return Config{}, fmt.Errorf("the policy names the label %s for containers and does not have it: install one that does (container-selinux): %w", label, err)
+		}
+	}
+	return c, nil
 }
 
 // SELinux is that of one host. All methods may be called at once.

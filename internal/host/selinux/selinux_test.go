@@ -15,11 +15,12 @@ import (
 )
 
 // known is what the policy of these tests takes.
-var known = regexp.MustCompile(`^(system|other)_u:(system_r:(container|spc|virt)_t|object_r:container_file_t):s0(-s0)?(:c\d+([,.]c\d+)*)?$`)
+var known = regexp.MustCompile(`^(system|other)_u:(system_r:(container|spc|virt)_t|object_r:container(_ro)?_file_t):s0(-s0)?(:c\d+([,.]c\d+)*)?$`)
 
 func newHost() *SELinux {
 	return New(Config{
 		Process: "system_u:system_r:container_t:s0", File: "system_u:object_r:container_file_t:s0:c1022,c1023",
+		Image: "system_u:object_r:container_ro_file_t:s0",
 		Check: func(label string) error {
 			if !known.MatchString(label) {
 				return unix.EINVAL
@@ -212,6 +213,34 @@ func TestRelabel(t *testing.T) {
 	must(s.Relabel(t.Context(), "/", "")) // nothing is asked for
 }
 
+// TestLabelImages: all below gets the label once, and the directory last, so that what
+// was interrupted goes on with the next daemon.
+func TestLabelImages(t *testing.T) {
+	dir := labelled(t)
+	file := filepath.Join(dir, "layer", "file")
+	if err := errors.Join(os.Mkdir(filepath.Dir(file), 0o755), os.WriteFile(file, nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	s := newHost()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.LabelImages(ctx, dir); !errors.Is(err, context.Canceled) || labelOf(t, dir) != "probe" {
+		t.Errorf("interrupted: %v, %q", err, labelOf(t, dir))
+	}
+	if err := s.LabelImages(t.Context(), dir); err != nil || labelOf(t, dir) != s.cfg.Image || labelOf(t, file) != s.cfg.Image {
+		t.Errorf("%v: directory %q, file %q", err, labelOf(t, dir), labelOf(t, file))
+	}
+	if err := unix.Lsetxattr(file, attribute, []byte("probe"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.LabelImages(t.Context(), dir); err != nil || labelOf(t, file) != "probe" {
+		t.Errorf("what was done is done again: %v, %q", err, labelOf(t, file))
+	}
+	if err := New(Config{}).LabelImages(t.Context(), "/"); err != nil {
+		t.Errorf("without SELinux: %v", err)
+	}
+}
+
 func TestRelabelRefuses(t *testing.T) {
 	s := newHost()
 	for _, path := range []string{"/", "/etc", "/usr/", "/var/lib/", "/srv/sampan"} {
@@ -258,11 +287,33 @@ func TestRelabelDeep(t *testing.T) {
 
 // TestHost: on a host without SELinux, nothing is labelled.
 func TestHost(t *testing.T) {
-	c := HostConfig("/x")
-	if _, err := os.Stat("/sys/fs/selinux/enforce"); err == nil {
-		t.Skipf("probe: SELinux is here: %+v", c)
+	c, err := HostConfig("/x")
+	if _, serr := os.Stat("/sys/fs/selinux/enforce"); serr == nil {
+		t.Skipf("probe: SELinux is here: %+v, %v", c, err)
 	}
-	if New(c).Enabled() {
-		t.Errorf("%+v", c)
+	if New(c).Enabled() || err != nil {
+		t.Errorf("%+v, %v", c, err)
+	}
+}
+
+// TestConfirmed: labels that are named for containers and are not in the policy, as
+// on Debian, are not given to any.
+func TestConfirmed(t *testing.T) {
+	good := newHost().cfg
+	if c, err := confirmed(good); err != nil || c.Process != good.Process {
+		t.Errorf("%+v, %v", c, err)
+	}
+	for name, spoil := range map[string]func(*Config){
+		"no process":      func(c *Config) { c.Process = "" },
+		"unknown image":   func(c *Config) { c.Image = "system_u:object_r:other_t:s0" },
+		"no file":         func(c *Config) { c.File = "" },
+		"unknown process": func(c *Config) { c.Process = "system_u:system_r:other_t:s0" },
+		"unknown file":    func(c *Config) { c.File = "system_u:object_r:other_t:s0" },
+	} {
+		bad := good
+		spoil(&bad)
+		if c, err := confirmed(bad); err == nil || New(c).Enabled() {
+			t.Errorf("%s: %+v, %v", name, c, err)
+		}
 	}
 }
