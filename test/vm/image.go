@@ -40,15 +40,43 @@ const rootSize = "3G"
 //go:embed kernels.sh
 var kernelsHook string
 
+var (
+	//go:embed selinux.sh
+	selinuxHook string
+	//go:embed container.cil
+	containerPolicy string
+)
+
+// Recipe is what an image has beside what all have.
+type Recipe struct {
+	packages []string
+	hook     string // a hook of mmdebstrap; its arguments are the tree and a file of data
+	data     string
+}
+
+var (
+	// Plain is a Debian with AppArmor.
+	Plain Recipe
+	// SELinux is a Debian with SELinux instead, when it is booted with SELinuxWords:
+	// Debian's policy, with what that lacks for containers.
+	SELinux = Recipe{
+		packages: []string{"selinux-policy-default", "policycoreutils", "selinux-utils"},
+		hook:     selinuxHook, data: containerPolicy,
+	}
+	// SELinuxWords are for the kernel's command line. /etc/selinux/config says
+	// whether the policy is enforced.
+	SELinuxWords = []string{"security=selinux", "selinux=1"}
+)
+
 // Image is a Debian that can be booted: one root file system, several kernels.
 type Image struct {
 	dir string
 }
 
 // Build makes the image below cache unless it is there. It is made once for each
-// recipe: a change of this file makes a new one. Building takes root, mmdebstrap,
+// recipe: a change of this file's lists makes a new one. Building takes root, mmdebstrap,
 // mke2fs, a Debian mirror and about a minute.
-func Build(ctx context.Context, cache string) (Image, error) {
+func Build(ctx context.Context, cache string, r Recipe) (Image, error) {
 	top, err := filepath.Abs(filepath.Join(cache, "vm"))
 	if err != nil {
 		return Image{}, err
@@ -61,7 +89,7 @@ func Build(ctx context.Context, cache string) (Image, error) {
 		return Image{}, err
 	}
 	defer unlock()
-	image := Image{dir: filepath.Join(top, recipe())}
+	image := Image{dir: filepath.Join(top, r.digest())}
 	if _, err := os.Stat(image.dir); err == nil {
 		return image, nil
 	}
@@ -70,16 +98,19 @@ func Build(ctx context.Context, cache string) (Image, error) {
 		return Image{}, err
 	}
 	defer os.RemoveAll(tmp)
-	if err := build(ctx, tmp); err != nil {
+	if err := r.build(ctx, tmp); err != nil {
 		return Image{}, fmt.Errorf("build the guest's image: %w", err)
 	}
 	return image, os.Rename(filepath.Join(tmp, "image"), image.dir)
 }
 
-// recipe is a digest of all that decides what the image will be, but the state
-// of the mirror.
-func recipe() string {
+// digest is one of all that decides what the image will be, but the state of the
+// mirror.
+func (r Recipe) digest() string {
 	text := strings.Join([]string{strings.Join(suites, " "), strings.Join(packages, " "), strings.Join(useless, " "), rootSize, kernelsHook, strings.Join(bootModules, " ")}, "\n")
+	if r.hook != "" {
+		text += "\n" + strings.Join(r.packages, " ") + "\n" + r.hook + "\n" + r.data
+	}
 	sum := sha256.Sum256([]byte(text))
 	return hex.EncodeToString(sum[:8])
 }
@@ -96,21 +127,22 @@ func lock(path string) (unlock func() error, err error) {
 }
 
 // build makes the directory image in tmp.
-func build(ctx context.Context, tmp string) error {
-	list, hook := filepath.Join(tmp, "sources.list"), filepath.Join(tmp, "kernels.sh")
+func (r Recipe) build(ctx context.Context, tmp string) error {
+	file := func(name string) string { return filepath.Join(tmp, name) }
+	list, kernels, hook, data := file("sources.list"), file("kernels.sh"), file("recipe.sh"), file("recipe.data")
 	sources, err := sourcesList(ctx)
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(os.WriteFile(list, []byte(sources), 0o644), os.WriteFile(hook, []byte(kernelsHook), 0o644)); err != nil {
+	if err := errors.Join(os.WriteFile(list, []byte(sources), 0o644), os.WriteFile(kernels, []byte(kernelsHook), 0o644), os.WriteFile(hook, []byte(r.hook), 0o644), os.WriteFile(data, []byte(r.data), 0o644)); err != nil {
 		return err
 	}
 	tree, image := filepath.Join(tmp, "tree"), filepath.Join(tmp, "image")
 	// Now and then base-passwd is configured without making these files.
 	const users = `for f in passwd group; do [ -s "$1/etc/$f" ] || cp "$1/usr/share/base-passwd/$f.master" "$1/etc/$f"; done`
 	args := []string{"--mode=root", "--essential-hook=" + users,
-		"--variant=essential", "--include=" + strings.Join(packages, ","),
-		"--customize-hook=sh " + hook + ` "$1"`,
+		"--variant=essential", "--include=" + strings.Join(slices.Concat(packages, r.packages), ","),
+		"--customize-hook=sh " + kernels + ` "$1"`, "--customize-hook=sh " + hook + ` "$1" ` + data,
 	}
 	for _, pattern := range useless {
 		args = append(args, "--dpkgopt=path-exclude="+pattern)

@@ -51,17 +51,27 @@ func prepare(t *testing.T, packages ...string) suite {
 	if err != nil {
 		t.Fatal(err)
 	}
+	s := suite{payload: filepath.Join(t.TempDir(), "payload.ext4")}.on(t, vm.Plain)
 	begin := time.Now()
-	image, err := vm.Build(ctx, filepath.Join(root, ".cache"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	built := time.Now()
-	s := suite{image, filepath.Join(t.TempDir(), "payload.ext4")}
 	if err := vm.Payload(ctx, root, s.payload, packages...); err != nil {
 		t.Fatal(err)
 	}
-	fmt.Printf("vm: image in %v, payload in %v\n", built.Sub(begin).Round(time.Second), time.Since(built).Round(time.Second))
+	fmt.Printf("vm: payload in %v\n", time.Since(begin).Round(time.Second))
+	return s
+}
+
+// on is the same with machines of another image.
+func (s suite) on(t *testing.T, r vm.Recipe) suite {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
+	defer cancel()
+	begin := time.Now()
+	image, err := vm.Build(ctx, "../../.cache", r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf("vm: image in %v\n", time.Since(begin).Round(time.Second))
+	s.image = image
 	return s
 }
 
@@ -137,6 +147,7 @@ var (
 	nodeTests = job{"./test/node", ".", []string{onNode}}
 	critest   = job{"./test/conformance", "^TestBuiltin$", []string{onNode, "SAMPAN_CONFORMANCE=all"}}
 	otherOCI  = job{"./test/conformance", "^(TestRunc|TestCrun)$", []string{onNode}}
+	userNS    = job{"./test/e2e", "^TestUserNamespace", nil}
 	inLab     = job{"./test/e2e", "^(TestKill|TestRestart|TestStats|TestReset|TestCNI|TestIsolation|TestCrictl|TestHandlerFeatures|TestUserNamespace|TestFsck)$", nil}
 	crashes   = job{"./test/crash", "^(TestPoints|TestOOM|TestRandom|TestReboot)$", []string{lab.Binary + "=" + vm.PayloadDir + "/bin/faultpoints/sampan"}}
 	units     = []job{{"./internal/host", ".", nil}, {"./internal/layer", ".", nil}, {"./internal/stats", ".", nil}}
@@ -156,18 +167,22 @@ func TestNode(t *testing.T) {
 	s := prepare(t, "./test/node", "./test/conformance", "./test/e2e", "./test/crash", "./internal/host", "./internal/layer", "./internal/stats")
 	legacy := "systemd.unified_cgroup_hierarchy=0"
 	for _, host := range []struct {
-		name  string
-		words []string // of the kernel's command line
-		jobs  []job
+		name   string
+		recipe vm.Recipe
+		kernel string
+		words  []string // of the kernel's command line
+		jobs   []job
 	}{
-		{"v2", nil, append([]job{nodeTests, critest, otherOCI}, units...)},
-		{"v2-cgroupfs", nil, []job{nodeTests.withCgroupfs(), critest.withCgroupfs()}},
-		{"v2-lab", nil, []job{inLab, crashes}},
-		{"hybrid", []string{legacy}, append([]job{nodeTests, critest}, units...)},
-		{"v1", []string{legacy, "systemd.legacy_systemd_cgroup_controller=1"}, append([]job{nodeTests, critest}, units...)},
+		{"v2", vm.Plain, "", nil, append([]job{nodeTests, critest, otherOCI}, units...)},
+		{"v2-6.12", vm.Plain, "6.12", nil, append([]job{nodeTests, critest, userNS}, units...)},
+		{"v2-cgroupfs", vm.Plain, "", nil, []job{nodeTests.withCgroupfs(), critest.withCgroupfs()}},
+		{"v2-lab", vm.Plain, "", nil, []job{inLab, crashes}},
+		{"selinux", vm.SELinux, "", vm.SELinuxWords, []job{nodeTests}},
+		{"hybrid", vm.Plain, "", []string{legacy}, append([]job{nodeTests, critest}, units...)},
+		{"v1", vm.Plain, "", []string{legacy, "systemd.legacy_systemd_cgroup_controller=1"}, append([]job{nodeTests, critest}, units...)},
 	} {
 		t.Run(host.name, func(t *testing.T) {
-			m := s.boot(t, vm.Options{Append: host.words})
+			m := s.on(t, host.recipe).boot(t, vm.Options{Kernel: host.kernel, Append: host.words})
 			for _, j := range host.jobs {
 				runTests(t, m, j.pkg, j.env, "-test.run="+j.tests)
 			}
