@@ -262,10 +262,20 @@ func (r *shooting) settled() error {
 	if err := r.l.Races(); err != nil {
 		return err
 	}
-	if out, code := r.l.Fsck(); code != 0 {
+	if out, code := fsck(r.l); code != 0 {
 		return fmt.Errorf("sampan fsck: exit code %d:\n%s", code, out)
 	}
 	return nil
+}
+
+// fsck is `sampan fsck` as soon as it finds nothing, or at last. A kill may have come a
+// moment ago, and what keepers leave that were killed on their way out goes soon.
+func fsck(l *lab.Lab) (out string, code int) {
+	out, code = l.Fsck()
+	for end := time.Now().Add(lab.Wait); code != 0 && time.Now().Before(end); time.Sleep(time.Second) {
+		out, code = l.Fsck()
+	}
+	return out, code
 }
 
 // someDescriptors is by how many the number of a process' descriptors may differ from

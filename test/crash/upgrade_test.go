@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -189,12 +188,7 @@ func (u *upgrade) look(t *testing.T) {
 			t.Errorf("%s: run again, its pod is %s, was %s", w.name, again, w.pod)
 		}
 	}
-	// What keepers leave that were killed on their way out is removed soon.
-	out, code := u.l.Fsck()
-	for end := time.Now().Add(lab.Wait); code != 0 && time.Now().Before(end); time.Sleep(time.Second) {
-		out, code = u.l.Fsck()
-	}
-	if code != 0 {
+	if out, code := fsck(u.l); code != 0 {
 		t.Errorf("sampan fsck: %d\n%s", code, out)
 	}
 }

@@ -309,8 +309,6 @@ func (w *worker) orPromote(err error) error {
 	if !errors.Is(err, io.EOF) && !errors.Is(err, unix.EPIPE) {
 		return err
 	}
-	// No child may be started while descriptors are inheritable.
-	syscall.ForkLock.Lock()
 	h := link.Handover{
 		Listener: supervisor.WorkerListener, ExecListener: supervisor.WorkerExecListener, Lock: supervisor.WorkerLock,
 	}
@@ -325,6 +323,9 @@ func (w *worker) orPromote(err error) error {
 			h.Watched = append(h.Watched, watch)
 		}
 	}
+	// No child may be started while descriptors are inheritable. The lock comes last:
+	// who has another may be starting one.
+	syscall.ForkLock.Lock()
 	fd, err := h.Save()
 	if err != nil {
 		return err
