@@ -38,8 +38,20 @@ func newFakeRuntime(h keeper.Handler, _ *slog.Logger) (ociruntime.Runtime, error
 	if h.Kind != keeper.Builtin {
 		return nil, fmt.Errorf("handler %s: %w", h.Kind, errdefs.ErrInvalidArgument)
 	}
+	if h.Path == slowHandler {
+		time.Sleep(slowStart)
+		if err := exec.Command("true").Run(); err != nil { // as a runtime that is asked what it can do
+			return nil, err
+		}
+	}
 	return fakeRuntime{}, nil
 }
+
+// slowHandler is the path of a handler that takes slowStart until it can be used.
+const (
+	slowHandler = "slow"
+	slowStart   = 400 * time.Millisecond
+)
 
 // fakeInit waits for Start and executes the process of config.json.
 func fakeInit(stateDir, bundle string) error {

@@ -652,6 +652,34 @@ func waitFor(t testing.TB, cond func() bool) {
 	t.Fatal("condition is not met in time")
 }
 
+// A worker takes the place of its supervisor also while it gets to know a runtime,
+// for which it starts programs.
+func TestKilledWhileRuntimeStarts(t *testing.T) {
+	l := newLab(t)
+	before := l.info()
+	r := l.request("c", "sh", "-c", "exit 7")
+	r.Handler.Path = slowHandler
+	created := make(chan error, 1)
+	go func() {
+		_, err := l.client.Create(l.ctx(), r)
+		created <- err
+	}()
+	time.Sleep(slowStart / 2)
+	l.kill(before.Supervisor)
+	if err := <-created; err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.client.Start(l.ctx(), r.ID); err != nil {
+		t.Fatal(err)
+	}
+	if e := l.waitExit(r); e.Code != 7 {
+		t.Errorf("%+v", e)
+	}
+	if after := l.info(); after.Supervisor == before.Supervisor {
+		t.Error("nobody took the supervisor's place")
+	}
+}
+
 // A keeper that cannot start says why, in the error that the client gets.
 func TestDoesNotStart(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "keeper")
