@@ -26,9 +26,11 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// brief is as long as a client waits for what is not going to happen.
+// brevity is how long a client waits for what is not going to happen.
+const brevity = 2 * time.Second
+
 func brief(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), brevity)
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -2,7 +2,6 @@ package fault
 
 import (
 	"context"
-	"errors"
 	"testing"
 	"time"
 
@@ -95,7 +94,9 @@ func TestLogOnHungVolume(t *testing.T) {
 		_, err = create(ctx, l, r.GetPodSandboxId(), config, l.ContainerConfig("c", image, "echo", "x"))
 	}
 	checkCode(t, "pod with a log directory that hangs", err, codes.DeadlineExceeded)
-	if ctx.Err() == nil || !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	select {
+	case <-ctx.Done(): // here the deadline may pass a moment later than there
+	case <-time.After(brevity / 2):
 		t.Error("it was refused, not waited for")
 	}
 	checkOthers(t, l, image, "beside")
