@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -79,7 +80,8 @@ func (u *upgrade) run(t *testing.T) {
 	u.look(t)
 
 	u.l.Stop(t)
-	u.tell(t, "earlier-unseen") // it ends while there is no daemon
+	u.tell(t, "earlier-unseen")
+	u.awaitRecord(t, "earlier-unseen") // it ends while there is no daemon
 	u.start(t, u.later)
 	u.look(t)
 	u.end(t, "earlier-unseen")
@@ -198,6 +200,19 @@ func (u *upgrade) tell(t *testing.T, name string) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(u.signals, name), nil, 0o644); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// awaitRecord waits until a keeper has written down how a waiter ended.
+func (u *upgrade) awaitRecord(t *testing.T, name string) {
+	t.Helper()
+	record := filepath.Join(u.l.Root, "containers", u.named(name).id, "exit")
+	for end := time.Now().Add(lab.Wait); ; time.Sleep(pause) {
+		if _, err := os.Stat(record); err == nil {
+			return
+		} else if time.Now().After(end) {
+			t.Fatalf("%s does not end: %v", name, err)
+		}
 	}
 }
 
