@@ -35,10 +35,13 @@ func (c Cgroup) Make() error {
 	return nil
 }
 
-func makeCgroupDir(dir string) error {
+func makeCgroupDir(dir string) error { return mkdir(dir, makeCgroupDir) }
+
+// mkdir makes a directory, after the one above by above if that is not there.
+func mkdir(dir string, above func(string) error) error {
 	err := unix.Mkdir(dir, 0o755)
 	if errors.Is(err, unix.ENOENT) {
-		if err := makeCgroupDir(filepath.Dir(dir)); err != nil {
+		if err := above(filepath.Dir(dir)); err != nil {
 			return err
 		}
 		err = unix.Mkdir(dir, 0o755)
@@ -56,19 +59,13 @@ var cpusetFiles = []string{"cpuset.cpus", "cpuset.mems"}
 // write them makes the kernel look at all cpusets there are, so those made below
 // a directory that is new itself get them from the kernel as they are made.
 func makeCpuset(dir string) error {
-	err := unix.Mkdir(dir, 0o755)
-	if errors.Is(err, unix.ENOENT) {
-		parent := filepath.Dir(dir)
+	if err := mkdir(dir, func(parent string) error {
 		if err := makeCpuset(parent); err != nil {
 			return err
 		}
-		if err := writeNow(filepath.Join(parent, "cgroup.clone_children"), []byte("1")); err != nil {
-			return err
-		}
-		err = unix.Mkdir(dir, 0o755)
-	}
-	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return &fs.PathError{Op: "mkdir", Path: dir, Err: err}
+		return writeNow(filepath.Join(parent, "cgroup.clone_children"), []byte("1"))
+	}); err != nil {
+		return err
 	}
 	for _, name := range cpusetFiles {
 		if err := inherit(dir, name); err != nil {
