@@ -259,15 +259,22 @@ func TestHangingCreate(t *testing.T) {
 	l.checkEmpty(s)
 }
 
+// runDeaf runs a container that ignores SIGTERM.
+func (l *lab) runDeaf(s *Pods) string {
+	l.t.Helper()
+	p := must[string](l.t)(s.Run(l.t.Context(), podNamed("a"), ""))
+	c := must[string](l.t)(s.CreateContainer(l.t.Context(), p, containerNamed("c")))
+	if err := s.StartContainer(l.t.Context(), c); err != nil {
+		l.t.Fatal(err)
+	}
+	l.keeper.deaf = true
+	return c
+}
+
 func TestStopEscalates(t *testing.T) {
 	l := newLab(t)
 	s := l.start()
-	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
-	c := must[string](t)(s.CreateContainer(t.Context(), p, containerNamed("c")))
-	if err := s.StartContainer(t.Context(), c); err != nil {
-		t.Fatal(err)
-	}
-	l.keeper.deaf = true
+	c := l.runDeaf(s)
 	if err := s.StopContainer(t.Context(), c, 10*time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
@@ -281,12 +288,7 @@ func TestStopEscalates(t *testing.T) {
 func TestRemoveEndsStop(t *testing.T) {
 	l := newLab(t)
 	s := l.start()
-	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
-	c := must[string](t)(s.CreateContainer(t.Context(), p, containerNamed("c")))
-	if err := s.StartContainer(t.Context(), c); err != nil {
-		t.Fatal(err)
-	}
-	l.keeper.deaf = true
+	c := l.runDeaf(s)
 	stopped := make(chan error, 1)
 	go func() { stopped <- s.StopContainer(t.Context(), c, time.Hour) }()
 	for signalled := false; !signalled; time.Sleep(time.Millisecond) {

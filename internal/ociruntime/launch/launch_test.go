@@ -152,6 +152,24 @@ func TestExecuted(t *testing.T) {
 	}
 }
 
+// ready starts a process that has done what p says, and waits until the test ends.
+func ready(t *testing.T, l *Launcher, p *Plan) *Process {
+	t.Helper()
+	p.Sync(Ready)
+	process, err := l.Start(p, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		process.Close()
+		process.Reap()
+	})
+	if event, _, err := process.Next(); err != nil || event != Ready {
+		t.Fatalf("event %v, error %v", event, err)
+	}
+	return process
+}
+
 // TestRootAlone: of the host's mounts there is none in the container's namespace, not
 // even for a moment, however many there are.
 func TestRootAlone(t *testing.T) {
@@ -159,16 +177,7 @@ func TestRootAlone(t *testing.T) {
 	var p Plan
 	p.Procfs()
 	p.Root(l, t.TempDir(), unix.MS_SLAVE|unix.MS_REC, unix.MS_PRIVATE)
-	p.Sync(Ready)
-	process, err := l.Start(&p, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer process.Reap()
-	defer process.Close()
-	if event, _, err := process.Next(); err != nil || event != Ready {
-		t.Fatalf("event %v, error %v", event, err)
-	}
+	process := ready(t, l, &p)
 	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", process.Pid))
 	if err != nil || strings.Count(string(mounts), "\n") != 2 {
 		t.Errorf("mounts, error %v, want an empty root and the container's:\n%s", err, mounts)
@@ -192,16 +201,7 @@ func TestSourcesAreTheHosts(t *testing.T) {
 	p.Bind(source+"/a", "m/1", false, Attributes{}, 0)
 	p.Bind(source+"/b", "m/2", false, Attributes{}, 0)
 	p.Pivot(0)
-	p.Sync(Ready)
-	process, err := l.Start(&p, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer process.Reap()
-	defer process.Close()
-	if event, _, err := process.Next(); err != nil || event != Ready {
-		t.Fatalf("event %v, error %v", event, err)
-	}
+	process := ready(t, l, &p)
 	for name, want := range map[string]string{"1": "a", "2": "b"} {
 		if got, err := os.ReadFile(fmt.Sprintf("/proc/%d/root/m/%s", process.Pid, name)); err != nil || string(got) != want {
 			t.Errorf("m/%s has %q, error %v; want %q", name, got, err, want)
