@@ -10,6 +10,9 @@ import (
 	"slices"
 )
 
+// NewerWrote is the remedy for a record that a newer sampan has written.
+const NewerWrote = "the daemon does not start, and nothing is touched"
+
 // Problem is one thing that is wrong.
 type Problem struct {
 	Object string // what it is about: "pod 0123456789abc", "layer sha256:..."

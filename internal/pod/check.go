@@ -31,9 +31,8 @@ type Checked struct {
 
 // What to do about most things.
 const (
-	nextStart  = "the daemon's next start undoes it"
-	removePod  = "remove the pod"
-	newerWrote = "the daemon does not start, and nothing is touched"
+	nextStart = "the daemon's next start undoes it"
+	removePod = "remove the pod"
 )
 
 // Check compares the records of pods and containers with what there is of them:
@@ -92,7 +91,7 @@ func (c *checker) checkPods() error {
 		c.found.Pods[id], c.pods[id] = true, p
 		switch {
 		case len(c.newer) > newer:
-			c.problem(p, newerWrote, "%v", errors.Join(c.newer[newer:]...))
+			c.problem(p, fsck.NewerWrote, "%v", errors.Join(c.newer[newer:]...))
 		case p.phase == making:
 			c.problem(p, nextStart, "its making was cut off")
 		case p.phase == stopped && strings.HasPrefix(p.Config.GetMetadata().GetName(), "unreadable-"):
@@ -138,7 +137,7 @@ func (c *checker) checkContainers() error {
 		}
 		switch {
 		case len(c.newer) > newer:
-			c.problem(name, newerWrote, "%v", errors.Join(c.newer[newer:]...))
+			c.problem(name, fsck.NewerWrote, "%v", errors.Join(c.newer[newer:]...))
 		case ct == nil && errors.Is(err, os.ErrNotExist):
 			c.problem(name, nextStart, "its making was cut off at once")
 			continue

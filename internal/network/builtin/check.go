@@ -41,7 +41,7 @@ func Check(cfg Config, known func(podID string) bool) ([]fsck.Problem, error) {
 		return nil, err
 	}
 	if _, err := (shelf{cfg.Dir, cfg.State}).subnets(); errors.Is(err, state.ErrVersion) {
-		problems = append(problems, fsck.Problem{Object: "network", What: err.Error(), Remedy: "the daemon does not start, and nothing is touched"})
+		problems = append(problems, fsck.Problem{Object: "network", What: err.Error(), Remedy: fsck.NewerWrote})
 	} else if err != nil {
 		problems = append(problems, fsck.Problem{Object: "network", What: err.Error(), Remedy: "the subnets of the configuration count until the kubelet tells its own again"})
 	}
@@ -125,7 +125,7 @@ func checkRecords(s shelf, known func(podID string) bool) ([]*record, []fsck.Pro
 		switch {
 		case errors.Is(err, os.ErrNotExist):
 		case errors.Is(err, state.ErrVersion):
-			problems = append(problems, fsck.Problem{Object: object, What: err.Error(), Remedy: "the daemon does not start, and nothing is touched"})
+			problems = append(problems, fsck.Problem{Object: object, What: err.Error(), Remedy: fsck.NewerWrote})
 		case err != nil:
 			problems = append(problems, fsck.Problem{Object: object, What: err.Error(), Remedy: "the daemon's next start makes it again from what the kernel knows; host ports are lost"})
 		case r.Boot != host.BootID():
