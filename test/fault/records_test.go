@@ -1,6 +1,7 @@
 package fault
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -42,12 +43,12 @@ func TestDamagedRecords(t *testing.T) {
 		id := l.CreateContainer(t, pod, config, c)
 		l.StartContainer(t, id)
 		var victim, kind string
-		for _, path := range records(t, l) {
-			if of := owner.FindStringSubmatch(path); of != nil && of[1] != pod && of[1] != id {
+		for _, r := range records(t, l) {
+			if of := owner.FindStringSubmatch(r.path); of != nil && of[1] != pod && of[1] != id {
 				continue // the bystander's, or of a pod that has been removed and goes yet
 			}
-			if kind = kindOf(t, path); !kinds[kind] {
-				victim = path
+			if !kinds[r.kind] {
+				victim, kind = r.path, r.kind
 				kinds[kind] = true
 				break
 			}
@@ -197,32 +198,30 @@ func TestNewerRecords(t *testing.T) {
 	_, err = l.Runtime.StopPodSandbox(brief(t), &runtimeapi.StopPodSandboxRequest{PodSandboxId: stopped})
 	must(t, err)
 	before := l.Status(t, id)
+	awaitNoRecord(t, filepath.Join(l.State, "network/pods", stopped))
 
 	kinds := map[string]bool{}
-	for _, path := range records(t, l) {
-		text, err := os.ReadFile(path)
-		must(t, err)
-		name := kindOf(t, path)
-		if kinds[name] || strings.HasPrefix(path, filepath.Join(l.State, "keepers")) {
+	for _, r := range records(t, l) {
+		if kinds[r.kind] || strings.HasPrefix(r.path, filepath.Join(l.State, "keepers")) {
 			continue // keepers read theirs
 		}
-		kinds[name] = true
-		t.Run(name, func(t *testing.T) {
+		kinds[r.kind] = true
+		t.Run(r.kind, func(t *testing.T) {
 			l.Kill(t)
-			_, rest, _ := strings.Cut(string(text), " v1 ")
-			must(t, os.WriteFile(path, []byte("sampan "+name+" v9 "+rest), 0o600))
-			files := records(t, l)
+			_, rest, _ := strings.Cut(r.text, " v1 ")
+			must(t, os.WriteFile(r.path, []byte("sampan "+r.kind+" v9 "+rest), 0o600))
+			were := records(t, l)
 			says := l.StartFails(t)
-			if !strings.Contains(says, path) || !strings.Contains(says, "v9 of "+name) {
-				t.Errorf("the daemon ends without naming %s and its version:\n%s", path, says)
+			if !strings.Contains(says, r.path) || !strings.Contains(says, "v9 of "+r.kind) {
+				t.Errorf("the daemon ends without naming %s and its version:\n%s", r.path, says)
 			}
-			if left := records(t, l); !slices.Equal(left, files) {
-				t.Errorf("records afterwards: %v, were %v", left, files)
+			if left := records(t, l); !slices.Equal(left, were) {
+				t.Errorf("records afterwards:\n%v\nwere:\n%v", left, were)
 			}
-			if out, code := l.Fsck(); code != 1 || !strings.Contains(out, "v9 of "+name) {
+			if out, code := l.Fsck(); code != 1 || !strings.Contains(out, "v9 of "+r.kind) {
 				t.Errorf("fsck does not tell of it: %d\n%s", code, out)
 			}
-			must(t, os.WriteFile(path, text, 0o600))
+			must(t, os.WriteFile(r.path, []byte(r.text), 0o600))
 			l.Start(t)
 			awaitRunning(t, l, id)
 			if st := l.Status(t, id); st.GetStartedAt() != before.GetStartedAt() {
@@ -260,10 +259,13 @@ func damage(t *testing.T, path string, how int) {
 	must(t, os.WriteFile(path, text, info.Mode().Perm()))
 }
 
-// records are the files in ROOT and STATE that begin as records do.
-func records(t *testing.T, l *lab.Lab) []string {
+// record is a file that begins as records do.
+type record struct{ path, kind, text string }
+
+// records are those in ROOT and STATE, in order.
+func records(t *testing.T, l *lab.Lab) []record {
 	t.Helper()
-	var found []string
+	var found []record
 	for _, dir := range []string{l.Root, l.State} {
 		must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			switch {
@@ -272,8 +274,9 @@ func records(t *testing.T, l *lab.Lab) []string {
 			case d.IsDir() && (d.Name() == "tree" || d.Name() == "rootfs" || d.Name() == "ns" || d.Name() == "bundle"):
 				return fs.SkipDir
 			case d.Type().IsRegular():
-				if text, err := os.ReadFile(path); err == nil && strings.HasPrefix(string(text), "sampan ") {
-					found = append(found, path)
+				text, err := os.ReadFile(path)
+				if fields := strings.Fields(string(text)); err == nil && len(fields) > 1 && fields[0] == "sampan" {
+					found = append(found, record{path, fields[1], string(text)})
 				}
 			}
 			return nil
@@ -282,15 +285,19 @@ func records(t *testing.T, l *lab.Lab) []string {
 	return found
 }
 
-// kindOf is the kind of a record, as its first line has it.
-func kindOf(t *testing.T, path string) string {
+// awaitNoRecord waits until there is no record at path.
+func awaitNoRecord(t *testing.T, path string) {
 	t.Helper()
-	text, err := os.ReadFile(path)
-	must(t, err)
-	return strings.Fields(string(text))[1]
+	for end := time.Now().Add(lab.Wait); ; time.Sleep(20 * time.Millisecond) {
+		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s is still there", path)
+		}
+	}
 }
 
-// awaitRunning waits until the daemon has taken over a container.
 func awaitRunning(t *testing.T, l *lab.Lab, id string) {
 	t.Helper()
 	var last string

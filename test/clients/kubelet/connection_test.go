@@ -1,11 +1,14 @@
 package kubelet
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -66,8 +69,8 @@ func TestStoppedDaemon(t *testing.T) {
 	n := connect(t, false)
 	pid, err := strconv.Atoi(os.Getenv("SAMPAN_PID"))
 	must(t, err)
-	must(t, syscall.Kill(pid, syscall.SIGSTOP))
 	defer syscall.Kill(pid, syscall.SIGCONT)
+	stop(t, pid)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	if _, err := n.runtime.Version(ctx, ""); codeOf(err) != codes.DeadlineExceeded {
@@ -80,6 +83,26 @@ func TestStoppedDaemon(t *testing.T) {
 	must(t, syscall.Kill(pid, syscall.SIGCONT))
 	if _, err := n.runtime.Version(t.Context(), ""); err != nil {
 		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// stop stops a process and waits until each of its threads has: one that runs
+// goes on for a moment after the signal was sent.
+func stop(t *testing.T, pid int) {
+	t.Helper()
+	must(t, syscall.Kill(pid, syscall.SIGSTOP))
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		must(t, err)
+		if !slices.ContainsFunc(threads, func(path string) bool {
+			text, err := os.ReadFile(path)
+			return err == nil && !bytes.Contains(text, []byte(") T "))
+		}) {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("process %d has not stopped", pid)
+		}
 	}
 }
 
