@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -40,7 +41,35 @@ func openFigures(cfg config.Config) figures {
 	r.Func("gauge", "sampan_build_info", "Always 1; the label tells the version of Sampan.", []string{"version"}, func() []metrics.Sample {
 		return []metrics.Sample{{Labels: []string{version()}, Value: 1}}
 	})
+	addProcess(r)
 	return figures{registry: r, calls: cri.NewFigures(r), pulls: image.NewFigures(r)}
+}
+
+// addProcess adds what programs in Go commonly show of themselves, by the common names.
+func addProcess(r *metrics.Registry) {
+	r.Func("gauge", "go_goroutines", "Goroutines of the daemon.", nil, one(runtime.NumGoroutine))
+	r.Func("counter", "process_cpu_seconds_total", "CPU time of the daemon, of user and system.", nil, func() []metrics.Sample {
+		var u unix.Rusage
+		if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+			return nil
+		}
+		return []metrics.Sample{{Value: float64(u.Utime.Nano()+u.Stime.Nano()) / 1e9}}
+	})
+	r.Func("gauge", "process_open_fds", "Files that the daemon has open.", nil, func() []metrics.Sample {
+		open, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			return nil
+		}
+		return []metrics.Sample{{Value: float64(len(open) - 1)}} // but for the directory itself
+	})
+	r.Func("gauge", "process_resident_memory_bytes", "Memory of the daemon that is resident.", nil, func() []metrics.Sample {
+		text, err := os.ReadFile("/proc/self/statm")
+		var size, resident int64
+		if _, bad := fmt.Sscan(string(text), &size, &resident); err != nil || bad != nil {
+			return nil
+		}
+		return []metrics.Sample{{Value: float64(resident * int64(os.Getpagesize()))}}
+	})
 }
 
 // serve shows the figures until the server is closed; nil if there are none.

@@ -83,6 +83,14 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("%s is %v, want %v", figure, got, want)
 		}
 	}
+	for figure, bounds := range map[string][2]float64{
+		"go_goroutines": {5, 500}, "process_cpu_seconds_total": {0.005, 60},
+		"process_open_fds": {5, 200}, "process_resident_memory_bytes": {8 << 20, 256 << 20},
+	} {
+		if got := value(families, figure); got < bounds[0] || got > bounds[1] {
+			t.Errorf("%s is %v, want %v", figure, got, bounds)
+		}
+	}
 	if n := value(families, "sampan_pull_bytes_total"); n < 1000 {
 		t.Errorf("%v bytes pulled", n)
 	}
@@ -113,7 +121,7 @@ func scrape(t *testing.T, url string) map[string]*dto.MetricFamily {
 		t.Fatalf("%v\n%s", err, text)
 	}
 	for name := range families {
-		if !strings.HasPrefix(name, "sampan_") {
+		if !regexp.MustCompile("^(sampan|process|go)_").MatchString(name) {
 			t.Errorf("figure %s", name)
 		}
 	}
@@ -144,7 +152,7 @@ func checkDocumented(t *testing.T, families map[string]*dto.MetricFamily) {
 		t.Fatal(err)
 	}
 	documented := map[string]bool{}
-	for _, row := range regexp.MustCompile("(?m)^\\| `(sampan_[a-z_]+)` \\| ([a-z]+) \\|").FindAllStringSubmatch(string(text), -1) {
+	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\| (counter|gauge|histogram) \\|").FindAllStringSubmatch(string(text), -1) {
 		documented[row[1]] = true
 		if f := families[row[1]]; f == nil || strings.ToLower(f.GetType().String()) != row[2] {
 			t.Errorf("docs/METRICS.md says that %s is a %s; it is %v", row[1], row[2], f.GetType())

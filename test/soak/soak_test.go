@@ -1,12 +1,15 @@
 // Package soak keeps a node busy for as long as it is told to, and fails if
-// anything grows: memory, open files, threads, files on disk, cgroups, mounts.
+// anything grows: memory, goroutines, open files, threads, files on disk, cgroups,
+// mounts.
 package soak
 
 import (
+	"bufio"
 	"context"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -27,9 +30,11 @@ func TestMain(m *testing.M) { lab.Main(m) }
 const (
 	workers = 3  // that make and remove pods
 	samples = 12 // taken of what Sampan uses, over the whole time
+
+	metrics = "127.0.0.1:9111" // where the daemon shows its own figures
 )
 
-// TestSoak churns pods for SAMPAN_SOAK, a duration. Two dozen long-lived pods are
+// TestSoak churns pods for SAMPAN_SOAK, a duration. Eight long-lived pods are
 // there all the time; an image is pulled and removed again and again.
 func TestSoak(t *testing.T) {
 	duration := 20 * time.Second
@@ -38,7 +43,7 @@ func TestSoak(t *testing.T) {
 		duration, err = time.ParseDuration(text)
 		must(t, err)
 	}
-	l := lab.New(t, lab.Options{})
+	l := lab.New(t, lab.Options{Config: fmt.Sprintf("[metrics]\naddress = %q\n", metrics)})
 	image := l.Pull(t, "busybox")
 	for i := range 8 {
 		config := l.PodConfig(fmt.Sprint("steady-", i))
@@ -117,6 +122,7 @@ func pause(ctx context.Context, d time.Duration) {
 // usage is what Sampan uses at one moment.
 type usage struct {
 	daemon, keeper process
+	goroutines     int // of the daemon
 	files          int // in ROOT and STATE
 	mounts         int
 	cgroups        int
@@ -125,7 +131,7 @@ type usage struct {
 type process struct{ kib, files, threads int }
 
 func (u usage) String() string {
-	return fmt.Sprintf("daemon %v, keeper %v, %d files, %d mounts, %d cgroups", u.daemon, u.keeper, u.files, u.mounts, u.cgroups)
+	return fmt.Sprintf("daemon %v %d goroutines, keeper %v, %d files, %d mounts, %d cgroups", u.daemon, u.goroutines, u.keeper, u.files, u.mounts, u.cgroups)
 }
 
 func (p process) String() string {
@@ -164,6 +170,7 @@ func measure(t *testing.T, l *lab.Lab) usage {
 	t.Helper()
 	var u usage
 	u.daemon.add(t, l.Pid())
+	u.goroutines = goroutines(t)
 	for _, role := range []string{"supervisor", "worker"} {
 		for _, pid := range l.Keepers(t, role) {
 			u.keeper.add(t, pid)
@@ -177,6 +184,23 @@ func measure(t *testing.T, l *lab.Lab) usage {
 	must(t, err)
 	u.mounts = strings.Count(string(mounts), "\n")
 	return u
+}
+
+// goroutines are those of the daemon.
+func goroutines(t *testing.T) int {
+	t.Helper()
+	resp, err := http.Get("http://" + metrics + "/metrics")
+	must(t, err)
+	defer resp.Body.Close()
+	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+		if value, ok := strings.CutPrefix(lines.Text(), "go_goroutines "); ok {
+			n, err := strconv.Atoi(value)
+			must(t, err)
+			return n
+		}
+	}
+	t.Fatal("the daemon does not tell of its goroutines")
+	return 0
 }
 
 // count counts what is below a directory, but for the files of containers and
@@ -212,6 +236,7 @@ func checkFlat(t *testing.T, taken []usage) {
 		"keeper's open files":     {func(u usage) int { return u.keeper.files }, 8},
 		"daemon's threads":        {func(u usage) int { return u.daemon.threads }, 6},
 		"keeper's threads":        {func(u usage) int { return u.keeper.threads }, 6},
+		"daemon's goroutines":     {func(u usage) int { return u.goroutines }, 20},
 		"files in ROOT and STATE": {func(u usage) int { return u.files }, 40},
 		"mounts":                  {func(u usage) int { return u.mounts }, 5},
 		"cgroups":                 {func(u usage) int { return u.cgroups }, 15},
