@@ -122,9 +122,8 @@ func TestStdinOnce(t *testing.T) {
 	if !strings.HasPrefix(v.out.String(), input) {
 		t.Error("output is not what went in")
 	}
-	if got := l.output(r.LogPath); !strings.HasPrefix(got, input) {
-		t.Error("the log is not what went in")
-	}
+	// Who is attached sees it first.
+	waitFor(t, func() bool { return strings.HasPrefix(l.output(r.LogPath), input) })
 	l.kill(l.info().Worker)
 	if err := <-v.result; !errdefs.IsUnavailable(err) {
 		t.Errorf("when the worker was killed: %v", err)

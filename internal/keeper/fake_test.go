@@ -1,6 +1,7 @@
 package keeper_test
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -236,8 +237,27 @@ func (fakeRuntime) State(_ context.Context, c ociruntime.Container) (ociruntime.
 	return ociruntime.State{Status: ociruntime.Running, Pid: pid}, nil
 }
 
+// Pause asks again until all have stayed stopped for a while: the kernel forgets a
+// SIGSTOP that comes while a process with several threads executes another program.
+// One that waits for its stopped child to do that, as vfork has it, is stopped too.
 func (r fakeRuntime) Pause(ctx context.Context, c ociruntime.Container) error {
-	return r.Signal(ctx, c, unix.SIGSTOP, true)
+	for still := 0; still < 5; time.Sleep(time.Millisecond) {
+		if err := r.Signal(ctx, c, unix.SIGSTOP, true); err != nil {
+			return err
+		}
+		pids, err := r.Pids(ctx, c)
+		if err = cmp.Or(err, context.Cause(ctx)); err != nil {
+			return err
+		}
+		still++
+		for _, pid := range pids {
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			if err == nil && !strings.Contains(string(stat), ") T ") && !strings.Contains(string(stat), ") D ") {
+				still = 0
+			}
+		}
+	}
+	return nil
 }
 
 func (r fakeRuntime) Resume(ctx context.Context, c ociruntime.Container) error {
