@@ -98,7 +98,8 @@ func (k *kubelet) removeImage(ref string) error {
 }
 
 // run creates and starts a container. A start whose answer was lost may have been
-// one: then it cannot be started again.
+// one: then it cannot be started again. If it has ended since and nobody was there to
+// see when it began, that is for whoever looks at its end.
 func (k *kubelet) run(pod string, podConfig *runtimeapi.PodSandboxConfig, config *runtimeapi.ContainerConfig) (string, error) {
 	c, err := call(k, k.runtime.CreateContainer, &runtimeapi.CreateContainerRequest{PodSandboxId: pod, Config: config, SandboxConfig: podConfig})
 	if err != nil {
@@ -108,7 +109,7 @@ func (k *kubelet) run(pod string, podConfig *runtimeapi.PodSandboxConfig, config
 	before := k.retries.Load()
 	_, err = call(k, k.runtime.StartContainer, &runtimeapi.StartContainerRequest{ContainerId: id})
 	if status.Code(err) == codes.FailedPrecondition && k.retries.Load() > before {
-		if st, serr := k.status(id); serr == nil && st.GetStartedAt() != 0 {
+		if st, serr := k.status(id); serr == nil && (st.GetStartedAt() != 0 || st.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED) {
 			err = nil
 		}
 	}
