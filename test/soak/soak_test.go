@@ -56,7 +56,8 @@ func TestSoak(t *testing.T) {
 			wg.Go(func() {
 				r := rand.New(rand.NewPCG(uint64(w), uint64(time.Now().UnixNano())))
 				for ctx.Err() == nil && !t.Failed() {
-					cycle(t, l, image, fmt.Sprintf("w%d-%d", w, done.Add(1)), r)
+					port := 20000 + w*10000 + r.IntN(10000) // nobody else's
+					cycle(t, l, image, fmt.Sprintf("w%d-%d", w, done.Add(1)), port, r)
 				}
 			})
 		}
@@ -87,10 +88,10 @@ func TestSoak(t *testing.T) {
 }
 
 // cycle takes a pod through its life, in one of several ways.
-func cycle(t *testing.T, l *lab.Lab, image, name string, r *rand.Rand) {
+func cycle(t *testing.T, l *lab.Lab, image, name string, port int, r *rand.Rand) {
 	config := l.PodConfig(name)
 	if r.IntN(2) == 0 {
-		config.PortMappings = []*runtimeapi.PortMapping{{ContainerPort: 80, HostPort: int32(20000 + r.IntN(20000))}}
+		config.PortMappings = []*runtimeapi.PortMapping{{ContainerPort: 80, HostPort: int32(port)}}
 	}
 	pod := l.RunPod(t, config)
 	id := l.CreateContainer(t, pod, config, l.ContainerConfig("c", image, "sh", "-c", "echo begin; sleep 1000"))
