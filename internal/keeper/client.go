@@ -31,6 +31,8 @@ const (
 	// worker was killed and another one is coming up.
 	maxAttempts = 200
 	retryPause  = 20 * time.Millisecond
+	// maxStarts bounds how often a keeper is started that dies before it answers.
+	maxStarts = 5
 )
 
 // Client talks to one keeper. It connects by itself, and again when the keeper
@@ -358,21 +360,25 @@ func (c *Client) current() (*ttrpc.Client, error) {
 }
 
 // dial connects to one of the keeper's sockets, and starts the keeper if nobody
-// listens there.
+// listens there; again if it died on its way up.
 func (c *Client) dial(ctx context.Context, name string) (*net.UnixConn, error) {
-	conn, err := dialUnix(ctx, c.cfg.Dir, name)
-	if err == nil {
-		return conn, nil
+	for starts := 1; ; starts++ {
+		conn, err := dialUnix(ctx, c.cfg.Dir, name)
+		if err == nil {
+			return conn, nil
+		}
+		if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT) || c.cfg.Binary == "" {
+			return nil, fmt.Errorf("connect to keeper: %w: %w", err, errdefs.ErrUnavailable)
+		}
+		startErr := c.start(ctx)
+		// Somebody else may have started it.
+		if conn, err = dialUnix(ctx, c.cfg.Dir, name); err == nil {
+			return conn, nil
+		}
+		if !errors.Is(startErr, errDied) || starts == maxStarts || sleep(ctx, retryPause) != nil {
+			return nil, fmt.Errorf("start keeper: %w: %w", cmp.Or(startErr, err), errdefs.ErrUnavailable)
+		}
 	}
-	if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT) || c.cfg.Binary == "" {
-		return nil, fmt.Errorf("connect to keeper: %w: %w", err, errdefs.ErrUnavailable)
-	}
-	startErr := c.start(ctx)
-	// Somebody else may have started it.
-	if conn, err = dialUnix(ctx, c.cfg.Dir, name); err != nil {
-		return nil, fmt.Errorf("start keeper: %w: %w", cmp.Or(startErr, err), errdefs.ErrUnavailable)
-	}
-	return conn, nil
 }
 
 // dialUnix connects to the socket called name in dir, whose path may be longer

@@ -86,10 +86,13 @@ func (c *Client) start(ctx context.Context) error {
 		return fmt.Errorf("no answer: %w: %w", errors.Join(err, context.Cause(ctx)), errdefs.ErrUnavailable)
 	}
 	if string(answer) != link.ReadyAnswer {
-		return fmt.Errorf("it exited; the last line of %s: %s: %w", log.Name(), lastLine(log.Name()), errdefs.ErrUnavailable)
+		return fmt.Errorf("%w; the last line of %s: %s", errDied, log.Name(), lastLine(log.Name()))
 	}
 	return nil
 }
+
+// errDied says that a keeper ended before it answered.
+var errDied = errors.New("it exited")
 
 // lastLine returns the last line of a keeper's log, for an error.
 func lastLine(path string) string {

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"sampan.dev/sampan/internal/host"
@@ -282,13 +283,13 @@ func (s *Pods) adoptPod(ctx context.Context, p *Pod) {
 		if !closed(c.created) || c.visible() {
 			continue
 		}
-		if err := s.undoContainer(ctx, p, c); err != nil {
+		if err := persist(ctx, func() error { return s.undoContainer(ctx, p, c) }); err != nil {
 			s.log.Error("half-made container stays", "container", c.ID, "err", err)
 			s.strand(c, "its creation was interrupted: "+err.Error())
 		}
 	}
 	if !p.visible() {
-		if err := s.undoPod(ctx, p); err != nil {
+		if err := persist(ctx, func() error { return s.undoPod(ctx, p) }); err != nil {
 			s.log.Error("half-made pod stays", "pod", p.ID, "err", err)
 			s.fail(p, "its creation was interrupted: "+err.Error())
 		}
@@ -304,15 +305,24 @@ const (
 
 // reach connects to the pod's keeper, if need be several times.
 func (s *Pods) reach(ctx context.Context, p *Pod) error {
-	ctx, cancel := context.WithTimeout(ctx, maxReach)
-	defer cancel()
-	for {
+	return persist(ctx, func() error {
 		_, err := s.keeper(ctx, p)
-		if err == nil {
-			return nil
+		return err
+	})
+}
+
+// persist does what needs a keeper, and again while the keeper is out of reach.
+func persist(ctx context.Context, do func() error) error {
+	late := time.After(maxReach)
+	for {
+		err := do()
+		if !errdefs.IsUnavailable(err) {
+			return err
 		}
 		select {
 		case <-time.After(reachPause):
+		case <-late:
+			return err
 		case <-ctx.Done():
 			return err
 		}
@@ -389,7 +399,8 @@ func (s *Pods) refresh(c *Container, ks keeper.ContainerState) {
 	c.mu.Lock()
 	// A daemon that had it started may have died before it could note that; it may
 	// have ended since.
-	if c.state != Creating && c.startedAt.IsZero() && !ks.StartedAt.IsZero() {
+	news := c.state != Creating && c.startedAt.IsZero() && !ks.StartedAt.IsZero()
+	if news {
 		c.startedAt = ks.StartedAt
 		if c.state == Created {
 			c.state = Running
@@ -397,6 +408,11 @@ func (s *Pods) refresh(c *Container, ks keeper.ContainerState) {
 	}
 	c.lost = ks.State == keeper.Unreadable
 	c.mu.Unlock()
+	if news {
+		if err := s.recordStart(c.ID, ks.StartedAt); err != nil && !errors.Is(err, os.ErrNotExist) { // being removed
+			s.log.Error("note that a container was started", "container", c.ID, "err", err)
+		}
+	}
 	if ks.Exit != nil {
 		c.end(*ks.Exit)
 	}

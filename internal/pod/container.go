@@ -374,11 +374,16 @@ func (s *Pods) startContainer(ctx context.Context, c *Container) error {
 		return err
 	}
 	fault.Point("container.started")
-	if err := state.Write(filepath.Join(s.paths.container(c.ID), "started"), startedKind, startedRecord{at}, state.Volatile); err != nil {
+	if err := s.recordStart(c.ID, at); err != nil {
 		return err
 	}
 	s.tellStarted(ctx, p, c)
 	return nil
+}
+
+// recordStart notes when a container was started.
+func (s *Pods) recordStart(id string, at time.Time) error {
+	return state.Write(filepath.Join(s.paths.container(id), "started"), startedKind, startedRecord{at}, state.Volatile)
 }
 
 // startInKeeper has the keeper start the container. An earlier daemon may have done

@@ -57,8 +57,15 @@ func newLab(t *testing.T) *lab {
 	}
 }
 
-// start opens the pods as a new daemon would.
+// start opens the pods as a new daemon would, and adopts what runs.
 func (l *lab) start() *Pods {
+	l.t.Helper()
+	s := l.open()
+	s.Adopt(l.t.Context())
+	return s
+}
+
+func (l *lab) open() *Pods {
 	l.t.Helper()
 	s, err := Open(Config{
 		Root: filepath.Join(l.dir, "root"), State: filepath.Join(l.dir, "state"), NetNS: filepath.Join(l.dir, "netns"),
@@ -76,7 +83,6 @@ func (l *lab) start() *Pods {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	s.Adopt(l.t.Context())
 	l.t.Cleanup(s.Close)
 	return s
 }

@@ -380,6 +380,33 @@ func TestRestart(t *testing.T) {
 	l.checkEmpty(s)
 }
 
+// A daemon died before it could note that it had a container started. The next one
+// learns it from the keeper, and the one after that knows it from the beginning.
+func TestStartOfTheDead(t *testing.T) {
+	l := newLab(t)
+	s := l.start()
+	p := must[string](t)(s.Run(t.Context(), podNamed("a"), ""))
+	c := must[string](t)(s.CreateContainer(t.Context(), p, containerNamed("c")))
+	s.Close()
+	at, err := l.keeper.Start(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = l.start()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if st, err := s.GetContainer(c); err == nil && st.State == Running {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the daemon does not learn that the container runs")
+		}
+	}
+	s.Close()
+	if st, err := l.open().GetContainer(c); err != nil || st.State != Running || !st.StartedAt.Equal(at) {
+		t.Errorf("the daemon after that: %v since %v, %v; want running since %v", st.State, st.StartedAt, err, at)
+	}
+}
+
 // awaitFollow waits until the keeper was compared with what is known.
 func awaitFollow(t *testing.T, s *Pods, lost string) {
 	t.Helper()

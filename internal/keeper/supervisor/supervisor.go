@@ -68,6 +68,7 @@ func Run(cfg Config) error {
 	// Caught and not heard: what is ignored would stay so in containers.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE, unix.SIGHUP, unix.SIGINT)
 	died := make(chan os.Signal, 1)
+	died <- unix.SIGCHLD // children may have exited before; full already, it is not waited for
 	signal.Notify(died, unix.SIGCHLD)
 	// Whoever is short of memory, the keeper is not to blame. Containers have a
 	// score of their own.
@@ -77,7 +78,6 @@ func Run(cfg Config) error {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become a subreaper: %w", err)
 	}
-	died <- unix.SIGCHLD // children may have exited before
 	var err error
 	if s.self, err = host.Identify(os.Getpid()); err != nil {
 		return err
