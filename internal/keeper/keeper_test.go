@@ -642,6 +642,35 @@ func TestKilledAtRandom(t *testing.T) {
 	t.Logf("%d kills, %v containers", kills, done)
 }
 
+// A keeper that dies on its way up is started again, a few times.
+func TestDiesOnItsWayUp(t *testing.T) {
+	root := t.TempDir()
+	dir, deaths, binary := filepath.Join(root, "k"), filepath.Join(root, "deaths"), filepath.Join(root, "keeper")
+	if err := os.WriteFile(deaths, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ensure := func(after int) (*keeper.Client, error) {
+		script := fmt.Sprintf("#!/bin/sh\n[ $(wc -l <%s) -ge %d ] && exec %s \"$@\"\necho dying | tee -a %[1]s\n", deaths, after, os.Args[0])
+		if err := os.WriteFile(binary, []byte(script), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		return keeper.Ensure(t.Context(), keeper.Config{Dir: dir, Binary: binary})
+	}
+	if _, err := ensure(1000); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "start keeper: it exited") || !strings.Contains(err.Error(), "dying") {
+		t.Errorf("it always dies: %v", err)
+	}
+	before, err := os.ReadFile(deaths)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := ensure(strings.Count(string(before), "\n") + 2)
+	if err != nil {
+		t.Fatalf("it dies twice: %v", err)
+	}
+	c.Close()
+	waitFor(t, func() bool { _, err := os.Stat(dir); return errors.Is(err, fs.ErrNotExist) })
+}
+
 func waitFor(t testing.TB, cond func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
