@@ -185,6 +185,9 @@ func (l *Lab) tearDown(t testing.TB) {
 	if t.Failed() {
 		t.Log(l.logTail())
 	}
+	if err := l.Races(); err != nil { // while keepers have their logs
+		t.Error(err)
+	}
 	if l.runs() {
 		if err := l.removeAll(); err != nil {
 			t.Errorf("remove what the test left: %v\n%s", err, l.logTail())
