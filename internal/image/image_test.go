@@ -758,11 +758,18 @@ func TestMend(t *testing.T) {
 	if list := s.List(); len(list) != 0 {
 		t.Errorf("before it is mended: %+v", list)
 	}
+	var pulled sync.WaitGroup
+	pulled.Go(func() { // who needs it does not wait
+		if _, err := s.Pull(t.Context(), ref, nil); err != nil {
+			t.Error(err)
+		}
+	})
 	s.Mend(t.Context())
 	img, err := s.Get(ref)
 	if err != nil || img.ID != m.id() {
 		t.Errorf("mended: %+v, %v", img, err)
 	}
+	pulled.Wait()
 	if after, err := os.Stat(kept); err != nil || !os.SameFile(before, after) {
 		t.Errorf("the layer that was not lost was fetched again: %v", err)
 	}

@@ -3,7 +3,6 @@ package image
 import (
 	"context"
 	"fmt"
-	"maps"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -16,28 +15,39 @@ import (
 // next start.
 func (s *Store) Mend(ctx context.Context) {
 	s.mu.Lock()
-	torn := slices.Collect(maps.Values(s.torn))
+	var all []torn
+	for id, e := range s.torn {
+		all = append(all, torn{e, id, slices.Clone(e.Digests)})
+	}
 	s.mu.Unlock()
-	for _, e := range torn {
-		err := s.mend(ctx, e)
+	for _, t := range all {
+		err := s.mend(ctx, t)
 		switch {
 		case err == nil:
-			s.log.Info("image is whole again", "op", "mend image", "image", e.ID)
+			s.log.Info("image is whole again", "op", "mend image", "image", t.id)
 		case errdefs.IsNotFound(err):
-			s.log.Warn("image is dropped; it has to be pulled again", "op", "mend image", "image", e.ID, "err", err)
-			s.dropTorn(e)
+			s.log.Warn("image is dropped; it has to be pulled again", "op", "mend image", "image", t.id, "err", err)
+			s.dropTorn(t)
 		default:
-			s.log.Warn("image lacks a layer, and has to be pulled again", "op", "mend image", "image", e.ID, "err", err)
+			s.log.Warn("image lacks a layer, and has to be pulled again", "op", "mend image", "image", t.id, "err", err)
 		}
 	}
 }
 
+// torn is an image that lacks a layer, with what it is known by. A pull changes the
+// entry at any time.
+type torn struct {
+	entry   *entry
+	id      string
+	digests []string
+}
+
 // mend pulls an image by the digests it is known by.
-func (s *Store) mend(ctx context.Context, e *entry) error {
+func (s *Store) mend(ctx context.Context, t torn) error {
 	err := fmt.Errorf("it has no name: %w", errdefs.ErrNotFound)
-	for _, name := range e.Digests {
+	for _, name := range t.digests {
 		s.mu.Lock()
-		torn := s.torn[e.ID] == e
+		torn := s.torn[t.id] == t.entry
 		s.mu.Unlock()
 		if !torn {
 			return nil // somebody has pulled it
@@ -49,14 +59,14 @@ func (s *Store) mend(ctx context.Context, e *entry) error {
 	return err
 }
 
-func (s *Store) dropTorn(e *entry) {
+func (s *Store) dropTorn(t torn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.torn[e.ID] != e {
+	if s.torn[t.id] != t.entry {
 		return // somebody has pulled it
 	}
-	delete(s.torn, e.ID)
-	if err := s.drop(e); err != nil {
-		s.log.Warn("torn image stays until the next start", "op", "mend image", "image", e.ID, "err", err)
+	delete(s.torn, t.id)
+	if err := s.drop(t.entry); err != nil {
+		s.log.Warn("torn image stays until the next start", "op", "mend image", "image", t.id, "err", err)
 	}
 }
