@@ -139,6 +139,13 @@ conformance:
 	$(MAKE) build
 	SAMPAN_CONFORMANCE=all SAMPAN_TEST_BIN=$(CURDIR)/bin/sampan go test -tags seccomp -count 1 -timeout 60m -v ./test/conformance
 
+# The suites on a daemon and keepers with the race detector; each fails of a race.
+.PHONY: race
+race:
+	@scripts/install-deps test
+	$(MAKE) faultpoints RACE=1
+	$(CRASH) -p 1 -timeout 60m -v $(filter-out ./test/quickstart ./test/vm,$(SUITES)) ./test/crash
+
 .PHONY: abuse fault soak fuzz
 fault:
 	@scripts/install-deps test

@@ -38,7 +38,7 @@ func TestBench(t *testing.T) {
 			t.Errorf("figure that cannot be true: %+v", f)
 		}
 		// docs/BENCHMARKS.md promises 45 MiB with 50 pods; each costs tens of KiB.
-		if f.Name == "PSS" && f.P50 > 43 {
+		if f.Name == "PSS" && f.P50 > 43 && !l.Raced() {
 			t.Errorf("%s: all processes together have %.1f MiB", f.Variant, f.P50)
 		}
 		if f.Name == "processes" && f.P50 < 3 {

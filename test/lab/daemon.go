@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"debug/buildinfo"
 	"errors"
 	"fmt"
 	"net"
@@ -12,6 +13,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -360,6 +363,13 @@ func (l *Lab) logTail() string {
 		rows = rows[len(rows)-lines:]
 	}
 	return "daemon's log ends:\n" + string(bytes.Join(rows, []byte("\n")))
+}
+
+// Raced reports whether the daemon was built with the race detector, which takes
+// several times the memory.
+func (l *Lab) Raced() bool {
+	info, err := buildinfo.ReadFile(l.Binary)
+	return err == nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 // Races fails if a daemon or keeper that was built with the race detector has
