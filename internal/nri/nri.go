@@ -11,8 +11,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -59,13 +61,16 @@ type Plugins struct {
 	*adaptation.Adaptation
 	runtime Runtime
 	log     *slog.Logger
+	dir     string // PluginDir
 	count   atomic.Int32
 	started chan struct{} // closed when the plugins of PluginDir run
+
+	introduced atomic.Bool // there was an introduction
 }
 
 // New prepares to serve plugins; Start serves them. There can be one in a process.
 func New(cfg Config) (*Plugins, error) {
-	p := &Plugins{log: cfg.Logger, started: make(chan struct{})}
+	p := &Plugins{log: cfg.Logger, dir: cfg.PluginDir, started: make(chan struct{})}
 	options := []adaptation.Option{
 		adaptation.WithSocketPath(cfg.Socket), adaptation.WithPluginPath(cfg.PluginDir), adaptation.WithPluginConfigPath(cfg.PluginConfDir),
 		adaptation.WithMetrics(counter{p}),
@@ -129,8 +134,13 @@ func (p *Plugins) Hold(ctx context.Context) (release func(), listening bool, err
 func (p *Plugins) Connected() int { return int(p.count.Load()) }
 
 // introduce tells a plugin that has connected what there is, and does what it
-// wants to be changed.
+// wants to be changed. The first call, by Start, is for all that are installed: of
+// many pods that is much to tell, and mostly to nobody.
 func (p *Plugins) introduce(ctx context.Context, tell adaptation.SyncCB) error {
+	if p.introduced.CompareAndSwap(false, true) && p.noneInstalled() {
+		_, err := tell(ctx, nil, nil)
+		return err
+	}
 	pods, containers := p.runtime.Known()
 	updates, err := tell(ctx, pods, containers)
 	if err != nil || len(updates) == 0 {
@@ -139,6 +149,11 @@ func (p *Plugins) introduce(ctx context.Context, tell adaptation.SyncCB) error {
 	// Nobody waits for these, least of all those who are held meanwhile.
 	go p.update(ctx, updates)
 	return nil
+}
+
+func (p *Plugins) noneInstalled() bool {
+	files, err := os.ReadDir(p.dir)
+	return len(files) == 0 && (err == nil || errors.Is(err, fs.ErrNotExist))
 }
 
 // CreateContainer asks plugins what to change of a container. It mends the

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -161,6 +163,45 @@ func TestSocketOfAnother(t *testing.T) {
 		t.Fatal(err)
 	}
 	conn.Close()
+}
+
+// What there is is asked for only if there may be somebody to tell: the first
+// introduction is for the plugins that are installed.
+func TestNobodyToIntroduce(t *testing.T) {
+	for _, installed := range []bool{false, true} {
+		asked := asks{asked: new(atomic.Int32)}
+		p := &Plugins{dir: t.TempDir(), runtime: asked}
+		if installed {
+			if err := os.WriteFile(filepath.Join(p.dir, "10-x"), nil, 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for later := range 2 {
+			told := false
+			tell := func(context.Context, []*api.PodSandbox, []*api.Container) ([]*api.ContainerUpdate, error) {
+				told = true
+				return nil, nil
+			}
+			before := asked.asked.Load()
+			if err := p.introduce(t.Context(), tell); err != nil || !told {
+				t.Errorf("told %v, error %v", told, err)
+			}
+			if is, want := asked.asked.Load() > before, installed || later > 0; is != want {
+				t.Errorf("installed %v, introduction %d: asked %v", installed, later, is)
+			}
+		}
+	}
+}
+
+// asks counts how often it is asked.
+type asks struct {
+	nobody
+	asked *atomic.Int32
+}
+
+func (a asks) Known() ([]*api.PodSandbox, []*api.Container) {
+	a.asked.Add(1)
+	return a.nobody.Known()
 }
 
 func TestFailed(t *testing.T) {
