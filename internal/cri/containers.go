@@ -135,8 +135,9 @@ func (s *runtimeService) StreamContainers(r *runtimeapi.StreamContainersRequest,
 }
 
 func (s *runtimeService) containers(f *runtimeapi.ContainerFilter) []*runtimeapi.Container {
-	var items []*runtimeapi.Container
-	for _, st := range s.cfg.Pods.ListContainers() {
+	containers := s.cfg.Pods.ListContainers()
+	items := make([]*runtimeapi.Container, 0, len(containers))
+	for _, st := range containers {
 		if c := containerItem(st); containerPasses(c, f) {
 			items = append(items, c)
 		}

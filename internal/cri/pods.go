@@ -78,8 +78,9 @@ func (s *runtimeService) StreamPodSandboxes(r *runtimeapi.StreamPodSandboxesRequ
 }
 
 func (s *runtimeService) pods(f *runtimeapi.PodSandboxFilter) []*runtimeapi.PodSandbox {
-	var items []*runtimeapi.PodSandbox
-	for _, st := range s.cfg.Pods.List() {
+	pods := s.cfg.Pods.List()
+	items := make([]*runtimeapi.PodSandbox, 0, len(pods))
+	for _, st := range pods {
 		if p := podItem(st); podPasses(p, f) {
 			items = append(items, p)
 		}

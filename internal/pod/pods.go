@@ -252,8 +252,9 @@ func short(id string) string { return id[:min(13, len(id))] }
 
 // List returns all pods, in no order.
 func (s *Pods) List() []Status {
-	var all []Status
-	for _, p := range s.snapshotPods() {
+	pods := s.snapshotPods()
+	all := make([]Status, 0, len(pods))
+	for _, p := range pods {
 		if p.visible() {
 			all = append(all, p.Status())
 		}
@@ -278,7 +279,7 @@ func (s *Pods) ListContainers() []ContainerStatus {
 		all = append(all, c)
 	}
 	s.mu.RUnlock()
-	var list []ContainerStatus
+	list := make([]ContainerStatus, 0, len(all))
 	for _, c := range all {
 		if c.visible() {
 			list = append(list, c.Status())
