@@ -270,7 +270,7 @@ func withoutKnownIDs(spec *specs.Spec) *specs.Spec {
 
 // askedFor is how the kernel refuses what the configuration or the image asks
 // for: a program, directory or mount that cannot be.
-var askedFor = []unix.Errno{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.EACCES, unix.ENOEXEC, unix.ELOOP, unix.ENAMETOOLONG, unix.EINVAL}
+var askedFor = []unix.Errno{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.EACCES, unix.ENOEXEC, unix.ELOOP, unix.ENAMETOOLONG, unix.EROFS, unix.EINVAL}
 
 // wantsMemory is how libcontainer says that a limit of memory is too low. There is
 // no error value for it.
